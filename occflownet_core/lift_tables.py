@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration as tables: which pixels and depth bins every voxel reads. NumPy only; rebuilt when calibration changes.
+
+The graph itself knows no calibration: it gathers by these tables, so one engine serves every vehicle
+(the lookup idea is Fast-BEV's, arXiv 2301.12511; the depth weighting is LSS's, arXiv 2008.05711).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from occflownet_core.camera import CameraRig
+from occflownet_core.errors import CalibrationError
+from occflownet_core.grid import VoxelGrid
+
+
+@dataclass(frozen=True)
+class DepthBins:
+    """Equal bins of depth along the optical axis; bin b covers [min + b * step, min + (b + 1) * step), metres."""
+
+    min_m: float
+    max_m: float
+    step_m: float
+
+    @property
+    def count(self) -> int:
+        return round((self.max_m - self.min_m) / self.step_m)
+
+    def index(self, depth_m: np.ndarray) -> np.ndarray:
+        """Continuous bin index [...]: the centre of bin b is at b + 0.5."""
+        return (np.asarray(depth_m) - self.min_m) / self.step_m
+
+    def centres_m(self) -> np.ndarray:
+        """Depth of every bin's centre, [count]."""
+        return self.min_m + (np.arange(self.count) + 0.5) * self.step_m
+
+
+@dataclass(frozen=True)
+class LiftSpec:
+    """The shapes that a graph's lift was built for.
+
+    Attributes:
+        grid: the working volume.
+        depth_bins: the depth distribution's bins.
+        feature_height, feature_width: size of one camera's feature map.
+        slots: most cameras that one voxel reads.
+    """
+
+    grid: VoxelGrid
+    depth_bins: DepthBins
+    feature_height: int
+    feature_width: int
+    slots: int = 2
+
+
+@dataclass(frozen=True)
+class LiftTables:
+    """What every voxel reads; voxels are in z, y, x order (x fastest), V = Z * Y * X.
+
+    Attributes:
+        pixel_index: [V, S] int32, position in context features flattened as (camera, row, column).
+        depth_index: [V, S, 2] int32, positions in depth probabilities flattened as (camera, bin, row, column).
+        depth_weight: [V, S, 2] float32, linear interpolation between the two bins times the slot's share; all zero
+            where a slot is unused. A voxel that two cameras see takes the mean of both.
+        camera_index: [V, S] int32, the camera of each slot, -1 where unused.
+    """
+
+    pixel_index: np.ndarray
+    depth_index: np.ndarray
+    depth_weight: np.ndarray
+    camera_index: np.ndarray
+
+    def without(self, cameras: Collection[int]) -> LiftTables:
+        """The tables when images of the given camera indices are missing: their voxels read the others alone."""
+        lost = np.isin(self.camera_index, list(cameras))
+        used = np.where(lost, -1, self.camera_index)
+        before = (self.camera_index >= 0).sum(axis=1, keepdims=True)
+        after = np.maximum((used >= 0).sum(axis=1, keepdims=True), 1)
+        weight = np.where(lost[..., None], 0, self.depth_weight * (before / after)[..., None])
+        return LiftTables(self.pixel_index, self.depth_index, weight.astype(np.float32), used)
+
+
+def build_lift_tables(rig: CameraRig, spec: LiftSpec) -> LiftTables:
+    """Project every voxel centre into every camera and note where it lands.
+
+    A voxel reads the nearest feature pixel, and its depth linearly between the two nearest bin centres. Of more
+    cameras than slots, those win that see the voxel closest to their image's middle column.
+
+    Args:
+        rig: cameras *of the images that the network sees* (after resizing and cropping).
+        spec: shapes of the lift.
+
+    Raises:
+        CalibrationError: the cameras' image size is no whole multiple of the feature map's.
+    """
+    height, width, bins = spec.feature_height, spec.feature_width, spec.depth_bins.count
+    voxels_m = spec.grid.centres().transpose(2, 1, 0, 3).reshape(-1, 3)  # [V, 3], x fastest
+    cameras = len(rig)
+    pixel = np.zeros((cameras, len(voxels_m)), dtype=np.int64)
+    depth_bin = np.zeros((cameras, len(voxels_m)))
+    off_centre = np.full((cameras, len(voxels_m)), np.inf)
+    for c, camera in enumerate(rig):
+        stride_x, stride_y = camera.width_px / width, camera.height_px / height
+        if stride_x != int(stride_x) or stride_x != stride_y:
+            raise CalibrationError(
+                f"{camera.name}: {camera.width_px} x {camera.height_px} px do not fit a feature map of {width} x {height}; "
+                "prepare the camera with the bundle's image size"
+            )
+        uv, depth_m = camera.project(voxels_m)
+        seen = camera.sees(uv, depth_m) & (depth_m >= spec.depth_bins.min_m) & (depth_m < spec.depth_bins.max_m)
+        column, row = (uv[seen] / stride_x).astype(np.int64).T
+        pixel[c, seen] = row * width + column
+        depth_bin[c, seen] = spec.depth_bins.index(depth_m[seen])
+        off_centre[c, seen] = np.abs(uv[seen, 0] - camera.width_px / 2)
+
+    slots = min(spec.slots, cameras)
+    best = np.argsort(off_centre, axis=0, kind="stable")[:slots].T  # [V, S]
+    take = (best, np.arange(len(voxels_m))[:, None])
+    used = np.isfinite(off_centre[take])
+    share = used / np.maximum(used.sum(axis=1, keepdims=True), 1)  # [V, S]
+
+    below = np.floor(depth_bin[take] - 0.5)
+    toward_upper = depth_bin[take] - 0.5 - below
+    two_bins = np.clip(np.stack([below, below + 1], axis=-1), 0, bins - 1).astype(np.int64)  # [V, S, 2]
+    weight = np.stack([1 - toward_upper, toward_upper], axis=-1) * share[..., None]
+    depth_index = (best[..., None] * bins + two_bins) * (height * width) + pixel[take][..., None]
+    return _padded(
+        LiftTables(
+            pixel_index=(best * (height * width) + pixel[take]).astype(np.int32),
+            depth_index=depth_index.astype(np.int32),
+            depth_weight=weight.astype(np.float32),
+            camera_index=np.where(used, best, -1).astype(np.int32),
+        ),
+        spec.slots,
+    )
+
+
+def _padded(tables: LiftTables, slots: int) -> LiftTables:
+    """Tables with unused slots appended, for rigs of fewer cameras than slots."""
+    missing = slots - tables.pixel_index.shape[1]
+    if missing <= 0:
+        return tables
+    two, three = ((0, 0), (0, missing)), ((0, 0), (0, missing), (0, 0))
+    return LiftTables(
+        np.pad(tables.pixel_index, two),
+        np.pad(tables.depth_index, three),
+        np.pad(tables.depth_weight, three),
+        np.pad(tables.camera_index, two, constant_values=-1),
+    )
