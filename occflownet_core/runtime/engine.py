@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inference engine's protocol, and the factory that picks one."""
+"""The inference engine: what every backend does alike, and the factory that picks one."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from occflownet_core.camera import CameraRig
+from occflownet_core.errors import CalibrationError, EngineError
+from occflownet_core.lift_tables import LiftTables, build_lift_tables
 from occflownet_core.runtime.bundle import Bundle
+
+_log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "onnxruntime", "torch")
 
 
 @dataclass(frozen=True)
@@ -28,17 +37,41 @@ class Prediction:
     velocity_mps: np.ndarray | None = None
 
 
-class Engine(Protocol):
-    """Runs a bundle's graph and keeps its recurrent memory between calls.
+class Engine(ABC):
+    """Runs a bundle's model and keeps its recurrent memory between calls.
 
     Used from one thread at a time. ``calibrate`` comes first and again whenever, and only when, a calibration changes.
+
+    Attributes:
+        bundle: what it runs.
+        name: the backend, for logs and diagnostics.
     """
 
-    bundle: Bundle
     name: str
 
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.occupancy_threshold = bundle.occupancy_threshold
+        self._tables: LiftTables | None = None
+        self._missing: frozenset[int] = frozenset()
+
+    @property
+    def occupancy_threshold(self) -> float:
+        """Probability above which a voxel is occupied; may be set between runs.
+
+        Raises:
+            EngineError: (on setting) the value is not in 0..1.
+        """
+        return self._occupancy_threshold
+
+    @occupancy_threshold.setter
+    def occupancy_threshold(self, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise EngineError(f"occupancy_threshold is {value}; give a probability from 0 to 1")
+        self._occupancy_threshold = float(value)
+
     def calibrate(self, rig: CameraRig) -> None:
-        """Build the calibration tables.
+        """Build the calibration tables. The memory is kept: it lies in the ego frame.
 
         Args:
             rig: the vehicle's cameras as their images arrive (before resizing), at least the bundle's by name or,
@@ -47,6 +80,18 @@ class Engine(Protocol):
         Raises:
             CalibrationError: the number of cameras differs from the bundle's, or a camera cannot be used.
         """
+        bundle = self.bundle
+        if set(rig.names) & set(bundle.cameras):
+            rig = rig.ordered(bundle.cameras)
+        elif len(rig) != len(bundle.cameras):
+            raise CalibrationError(
+                f"model '{bundle.name}' takes {len(bundle.cameras)} cameras ({', '.join(bundle.cameras)}), "
+                f"the vehicle has {len(rig)} ({', '.join(rig.names)}); choose a model for that many, or name them alike"
+            )
+        seen = [bundle.image_transform(camera.width_px, camera.height_px).camera(camera) for camera in rig]
+        self._tables = build_lift_tables(CameraRig(tuple(seen)), bundle.lift)
+        self._missing = frozenset()
+        self._load_tables(self._tables)
 
     def infer(
         self,
@@ -54,7 +99,7 @@ class Engine(Protocol):
         previous_from_current: np.ndarray | None,
         missing_cameras: Collection[int] = (),
     ) -> Prediction:
-        """Run the graph on one set of images and advance the memory.
+        """Run the model on one set of images and advance the memory.
 
         Args:
             images: uint8 RGB [N, H, W, 3] at the bundle's image size, in the bundle's camera order.
@@ -65,6 +110,76 @@ class Engine(Protocol):
         Raises:
             EngineError: ``calibrate`` was not called, the images have another shape, or the backend failed.
         """
+        self._require_images(images)
+        self._leave_out(frozenset(missing_cameras))
+        if previous_from_current is None:
+            self.reset()
+            previous_from_current = np.eye(4)
+        return self._forward(np.ascontiguousarray(images), np.ascontiguousarray(previous_from_current, np.float32))
 
+    @abstractmethod
     def reset(self) -> None:
         """Forget the memory."""
+
+    @abstractmethod
+    def _load_tables(self, tables: LiftTables) -> None:
+        """Take over calibration tables for the runs to come."""
+
+    @abstractmethod
+    def _forward(self, images: np.ndarray, previous_from_current: np.ndarray) -> Prediction:
+        """One run on checked inputs: uint8 [N, H, W, 3] and float32 [4, 4], both contiguous."""
+
+    def _require_images(self, images: np.ndarray) -> None:
+        if self._tables is None:
+            raise EngineError("the engine has no calibration yet; call calibrate(rig) before infer(...)")
+        expected = (len(self.bundle.cameras), self.bundle.image_height_px, self.bundle.image_width_px, 3)
+        if images.shape != expected or images.dtype != np.uint8:
+            raise EngineError(
+                f"images are {images.dtype} {images.shape}, model '{self.bundle.name}' takes uint8 {expected}; "
+                "prepare them with bundle.image_transform"
+            )
+
+    def _leave_out(self, missing: frozenset[int]) -> None:
+        if missing == self._missing:
+            return
+        if not missing <= set(range(len(self.bundle.cameras))):
+            raise EngineError(f"missing_cameras is {sorted(missing)}; indices run to {len(self.bundle.cameras) - 1}")
+        self._load_tables(self._tables.without(missing))
+        self._missing = missing
+
+
+def create_engine(bundle: Bundle, backend: str = "auto", threads: int | None = None) -> Engine:
+    """Make the engine that runs a bundle.
+
+    Args:
+        bundle: from ``load_bundle``.
+        backend: ``onnxruntime``, ``torch`` (needs PyTorch and a bundle with weights), or ``auto``: the first of these
+            that this machine can run; the choice and its reason are logged.
+        threads: CPU threads for the run; None takes every core this process may use.
+
+    Raises:
+        EngineError: the backend is unknown or cannot run here.
+    """
+    if backend == "auto":
+        backend, reason = _choose(bundle)
+        _log.info("engine: %s (%s)", backend, reason)
+    threads = threads or len(os.sched_getaffinity(0))
+    if backend == "onnxruntime":
+        from occflownet_core.runtime.onnx_engine import OnnxEngine
+
+        return OnnxEngine(bundle, threads)
+    if backend == "torch":
+        from occflownet_core.runtime.torch_engine import TorchEngine
+
+        return TorchEngine(bundle, threads)
+    if backend == "tensorrt":
+        raise EngineError("backend 'tensorrt' is not available in this version; use 'onnxruntime' or 'auto'")
+    raise EngineError(f"there is no backend '{backend}'; use one of {', '.join(BACKENDS)}")
+
+
+def _choose(bundle: Bundle) -> tuple[str, str]:
+    if importlib.util.find_spec("onnxruntime"):
+        return "onnxruntime", "ONNX Runtime is installed and runs every bundle on the CPU"
+    if importlib.util.find_spec("torch") and bundle.weights_path:
+        return "torch", "ONNX Runtime is not installed, PyTorch is, and the bundle carries its weights"
+    raise EngineError("no backend can run here: install onnxruntime (pip install onnxruntime)")
