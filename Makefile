@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` needs Debian or Ubuntu with Python 3.10 to 3.13 and nothing else; `make test` and what follows Python 3.10 to 3.12.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.installed
+
+.PHONY: help demo test bench lint clean
+
+help:
+	@echo "make demo    replay the demo bag through the node over DDS; table, out/demo/report.json, out/demo/voxels.png"
+	@echo "make test    install everything and run the whole test suite"
+	@echo "make bench   print the benchmark tables and write out/bench/*.json"
+	@echo "make lint    ruff check and format check"
+	@echo "make clean   remove .venv and out"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "Python 3.10 to 3.13 is needed and $(PYTHON) is another; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "$(PYTHON) cannot make a virtual environment; try: apt-get install python3-venv" >&2; exit 2; }
+
+# One stamp per set of packages, so that a second run installs nothing.
+$(STAMPS)-demo: setup.py | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[ros]'
+	@touch $@
+
+$(STAMPS)-test: setup.py | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[ros,train,dev]'
+	@touch $@ $(STAMPS)-demo
+
+demo: $(STAMPS)-demo
+	@$(BIN)/python -m occflownet_ros.demo --out out/demo
+
+test: $(STAMPS)-test
+	$(BIN)/python -m pytest tests
+
+bench: $(STAMPS)-test
+	$(BIN)/python -m benchmarks.pipeline --out out/bench
+
+lint: $(STAMPS)-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) out
