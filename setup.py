@@ -18,7 +18,7 @@ def shared_tree(folder: str) -> list[tuple[str, list[str]]]:
     return list(by_directory.items())
 
 
-runtime = ["numpy>=1.23", "opencv-python-headless>=4.8", "pyyaml>=6", "rich>=13", "onnxruntime>=1.20", "rosbags>=0.10"]
+runtime = ["numpy>=1.23", "opencv-python-headless>=4.8", "pyyaml>=6", "pillow>=10.1", "rich>=13", "onnxruntime>=1.20", "rosbags>=0.10"]
 ros = [
     "ros-rclpy[fastrtps]",
     "ros-builtin-interfaces",
