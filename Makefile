@@ -18,8 +18,17 @@ help:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "Python 3.10 to 3.13 is needed and $(PYTHON) is another; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
-	@$(PYTHON) -m venv $(VENV) \
-	  || { echo "$(PYTHON) cannot make a virtual environment; try: apt-get install python3-venv" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(MAKE) --no-print-directory system-venv
+	@$(PYTHON) -m venv $(VENV)
+
+# Debian and Ubuntu split venv's other half off into a package of its own.
+.PHONY: system-venv
+system-venv:
+	@package=$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
+	root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	echo "installing $$package with apt-get, which $(PYTHON) needs to make a virtual environment"; \
+	$$root apt-get -q update >/dev/null && $$root apt-get -qy install --no-install-recommends $$package >/dev/null \
+	  || { echo "could not install $$package; install it by hand, then call make again" >&2; exit 2; }
 
 # One stamp per set of packages, so that a second run installs nothing.
 $(STAMPS)-demo: setup.py | $(BIN)/python
