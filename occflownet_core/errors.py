@@ -28,9 +28,21 @@ class EngineError(OccflownetError):
     """An inference engine cannot be made, or failed while running."""
 
 
+class ConfigError(OccflownetError):
+    """A configuration file has an unknown key, a wrong value, or describes a network that cannot be built."""
+
+
+class ExportError(OccflownetError):
+    """A model cannot be exported: its weights do not fit, or the graph does not do what the model does."""
+
+
 class DatasetError(OccflownetError):
     """A data root lacks a table, a file or a label that the work at hand needs."""
 
 
 class BagError(OccflownetError):
     """A bag cannot be read, lacks a topic, or cannot be written."""
+
+
+class TrainingError(OccflownetError):
+    """Training cannot start or go on: a checkpoint does not fit or cannot be written, or a loss is not a number."""

@@ -47,6 +47,9 @@ class LiftSpec:
         depth_bins: the depth distribution's bins.
         feature_height, feature_width: size of one camera's feature map.
         slots: most cameras that one voxel reads.
+        reference_focal_px: focal length that the bins' depths are stated for, or None for true metres. An image shows
+            only the ratio of size to depth times focal length, so a network that does not know the camera can tell
+            depth as a camera of one reference focal length would see it, and no other (Metric3D, arXiv 2307.10984).
     """
 
     grid: VoxelGrid
@@ -54,6 +57,11 @@ class LiftSpec:
     feature_height: int
     feature_width: int
     slots: int = 2
+    reference_focal_px: float | None = None
+
+    def network_depth_m(self, depth_m: np.ndarray, focal_px: float) -> np.ndarray:
+        """Depth as the network's bins count it, of true depth [...] seen by a camera of the given focal length."""
+        return np.asarray(depth_m) * (self.reference_focal_px / focal_px if self.reference_focal_px else 1.0)
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,7 @@ def build_lift_tables(rig: CameraRig, spec: LiftSpec) -> LiftTables:
                 "prepare the camera with the bundle's image size"
             )
         uv, depth_m = camera.project(voxels_m)
+        depth_m = spec.network_depth_m(depth_m, camera.intrinsic[0, 0])
         seen = camera.sees(uv, depth_m) & (depth_m >= spec.depth_bins.min_m) & (depth_m < spec.depth_bins.max_m)
         column, row = (uv[seen] / stride_x).astype(np.int64).T
         pixel[c, seen] = row * width + column

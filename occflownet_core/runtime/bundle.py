@@ -183,6 +183,7 @@ def _bundle(directory: Path, d: dict) -> Bundle:
             feature_height=int(lift["feature_height"]),
             feature_width=int(lift["feature_width"]),
             slots=int(lift["slots"]),
+            reference_focal_px=lift["reference_focal_px"],
         ),
         occupancy_threshold=float(d["occupancy_threshold"]),
         recurrent=tuple(

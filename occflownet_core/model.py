@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OccFlowNet: camera images to an occupancy field, with one volume of memory; and the form in which it is deployed.
+
+After OccFlowNet (Boeder, Gigengack, Risse; arXiv 2402.12792), whose encoder is BEVStereo's: depth distribution and
+context per pixel, lifted into a volume, the previous volume warped by ego motion beside it, a volume network, a field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from occflownet_core.encoder.backbone import BackboneConfig, ConvBlock, ImageEncoder
+from occflownet_core.encoder.depth import DepthConfig, DepthNet
+from occflownet_core.encoder.lift import LiftTensors, lift
+from occflownet_core.encoder.temporal import warp_planar
+from occflownet_core.encoder.volume import VolumeConfig, VolumeEncoder
+from occflownet_core.errors import ConfigError, OccflownetError
+from occflownet_core.field import FieldConfig, FieldDecoder, OccupancyField, occupancy_probability
+from occflownet_core.grid import OCC3D_GRID, VoxelGrid
+from occflownet_core.labels import FREE
+from occflownet_core.lift_tables import LiftSpec
+
+NUSCENES_CAMERAS = (
+    "CAM_FRONT_LEFT",
+    "CAM_FRONT",
+    "CAM_FRONT_RIGHT",
+    "CAM_BACK_LEFT",
+    "CAM_BACK",
+    "CAM_BACK_RIGHT",
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that shapes the network.
+
+    Attributes:
+        name: of the model, kept in its bundles.
+        cameras: camera names in the order of the images.
+        image_width_px, image_height_px: size of the network's images.
+        grid: where labels are given.
+        working_coarsening: how many label cells make the edge of one cell of the working volume.
+        lift_slots: most cameras that one voxel reads.
+        occupancy_threshold: a voxel is occupied where its probability is above.
+        backbone, depth, volume, field: the parts.
+    """
+
+    name: str = "occflownet"
+    cameras: tuple[str, ...] = NUSCENES_CAMERAS
+    image_width_px: int = 352
+    image_height_px: int = 128
+    grid: VoxelGrid = OCC3D_GRID
+    working_coarsening: int = 2
+    lift_slots: int = 2
+    occupancy_threshold: float = 0.5
+    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
+    depth: DepthConfig = dataclasses.field(default_factory=DepthConfig)
+    volume: VolumeConfig = dataclasses.field(default_factory=VolumeConfig)
+    field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> ModelConfig:
+        """A configuration of plain values, as YAML gives them.
+
+        Raises:
+            ConfigError: a key is unknown or a value has a wrong type.
+        """
+        import jsonargparse
+
+        parser = jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_argument("--model", type=cls)
+        try:
+            return parser.instantiate_classes(parser.parse_object({"model": values})).model
+        except (jsonargparse.ArgumentError, OccflownetError, TypeError, ValueError) as error:
+            raise ConfigError(f"model configuration: {' '.join(str(error).split())}") from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> ModelConfig:
+        """The ``model:`` section of a training configuration.
+
+        Raises:
+            ConfigError: the file cannot be read, has no such section, or the section is wrong.
+        """
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"configuration {path} cannot be read ({str(error).splitlines()[0]})") from None
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+            raise ConfigError(f"configuration {path} has no 'model:' section; see training/configs for examples")
+        try:
+            return cls.from_dict(content["model"])
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict:
+        """Plain values for YAML; ``from_dict`` reads them back."""
+        return _plain(dataclasses.asdict(self))
+
+    def without_download(self) -> ModelConfig:
+        """The same, for a network whose weights are about to be loaded: no pretrained ones are fetched."""
+        return dataclasses.replace(self, backbone=dataclasses.replace(self.backbone, pretrained=False))
+
+    @property
+    def working_grid(self) -> VoxelGrid:
+        """The grid that features live on."""
+        return self.grid.coarsened(self.working_coarsening)
+
+    def lift_spec(self, stride: int) -> LiftSpec:
+        """Shapes for ``build_lift_tables``, of an image encoder with the given stride."""
+        return LiftSpec(
+            grid=self.working_grid,
+            depth_bins=self.depth.bins,
+            feature_height=self.image_height_px // stride,
+            feature_width=self.image_width_px // stride,
+            slots=self.lift_slots,
+            reference_focal_px=self.depth.reference_focal_px,
+        )
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+        field: the occupancy field in the current ego frame.
+        depth_logits: [B, N, D, h, w] over the depth bins, for depth supervision.
+        state: [B, C * Z, Y, X], the memory for the next frame.
+    """
+
+    field: OccupancyField
+    depth_logits: Tensor
+    state: Tensor
+
+
+class OccFlowNet(nn.Module):
+    """The network.
+
+    The memory is the volume of one frame *before* it is fused with its own past. It therefore depends on that frame
+    alone: two frames of training show the network all that it will meet after an hour on the road.
+
+    Raises:
+        ConfigError: the configuration describes no network that can be built.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = config.working_grid
+        self.image_encoder = ImageEncoder(config.backbone)
+        coarsest = self.image_encoder.coarsest_stride
+        if config.image_width_px % coarsest or config.image_height_px % coarsest:
+            raise ConfigError(
+                f"images of {config.image_width_px} x {config.image_height_px} px do not suit backbone "
+                f"'{config.backbone.name}'; make both sizes multiples of {coarsest}"
+            )
+        self.lift_spec = config.lift_spec(self.image_encoder.stride)
+        heights = self.grid.shape[2]
+        memory = config.volume.memory_channels * heights
+        self.depth_net = DepthNet(config.backbone.channels, config.depth)
+        self.frame_block = ConvBlock(config.depth.context_channels * heights, memory)
+        self.volume_encoder = VolumeEncoder(2 * memory, config.field.channels * heights, config.volume)
+        self.decoder = FieldDecoder(config.field)
+
+    def forward(self, images: Tensor, tables: LiftTensors, previous_from_current: Tensor, state: Tensor) -> ModelOutput:
+        """The occupancy field around the vehicle.
+
+        Args:
+            images: uint8 RGB [B, N, H, W, 3].
+            tables: calibration, built by ``build_lift_tables(rig, model.lift_spec)``.
+            previous_from_current: [B, 4, 4], pose of the current ego frame in the previous frame's ego frame.
+            state: [B, C * Z, Y, X], the ``state`` of the previous frame; zeros where there is none.
+        """
+        volume, depth_logits = self.observe(images, tables)
+        memory = warp_planar(state, previous_from_current, self.grid)
+        features = self.volume_encoder(torch.cat([volume, memory], dim=1))
+        x, y, z = self.grid.shape
+        field = OccupancyField(features.reshape(len(features), -1, z, y, x), self.grid, self.decoder)
+        return ModelOutput(field, depth_logits, volume)
+
+    def observe(self, images: Tensor, tables: LiftTensors) -> tuple[Tensor, Tensor]:
+        """One frame by itself: its volume [B, C * Z, Y, X], which is the next frame's memory, and depth logits."""
+        batch, cameras = images.shape[:2]
+        features = self.image_encoder(images.flatten(0, 1))
+        depth_logits, context = self.depth_net(features)
+        depth_logits, context = (t.unflatten(0, (batch, cameras)) for t in (depth_logits, context))
+        x, y, z = self.grid.shape
+        lifted = lift(context, F.softmax(depth_logits, dim=2), tables, (z, y, x))  # [B, C, Z, Y, X]
+        return self.frame_block(lifted.flatten(1, 2)), depth_logits
+
+    def empty_state(self, batch: int = 1) -> Tensor:
+        """No memory: zeros [B, C * Z, Y, X]."""
+        x, y, z = self.grid.shape
+        channels = self.config.volume.memory_channels * z
+        return torch.zeros(batch, channels, y, x, device=next(self.parameters()).device)
+
+
+class DeployedModel(nn.Module):
+    """The network as a vehicle runs it: one set of images and plain tensors in, labels out (DESIGN: graph boundary).
+
+    Its arguments and results, in order, are ``INPUTS`` and ``OUTPUTS``.
+    """
+
+    INPUTS = (
+        "images",
+        "pixel_index",
+        "depth_index",
+        "depth_weight",
+        "previous_from_current",
+        "occupancy_threshold",
+        "state",
+    )
+    OUTPUTS = ("labels", "occupancy_probability", "next_state")
+
+    def __init__(self, model: OccFlowNet) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        images: Tensor,
+        pixel_index: Tensor,
+        depth_index: Tensor,
+        depth_weight: Tensor,
+        previous_from_current: Tensor,
+        occupancy_threshold: Tensor,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels, probability and memory.
+
+        Args:
+            images: uint8 [N, H, W, 3].
+            pixel_index, depth_index, depth_weight: ``LiftTables`` of one rig, [V, S], [V, S, 2], [V, S, 2].
+            previous_from_current: [4, 4].
+            occupancy_threshold: scalar.
+            state: [1, C * Z, Y, X].
+
+        Returns:
+            labels uint8 [X, Y, Z], probability of being occupied [X, Y, Z], next state [1, C * Z, Y, X].
+        """
+        tables = LiftTensors(pixel_index[None], depth_index[None], depth_weight[None])
+        output = self.model(images[None], tables, previous_from_current[None], state)
+        grid = self.model.config.grid
+        density, logits = output.field.lattice(grid)
+        probability = occupancy_probability(density, grid.voxel_size_m)[0]  # [Z, Y, X]
+        label = torch.where(probability > occupancy_threshold, logits.argmax(1)[0].int(), FREE)
+        # The cast to uint8 comes last because TensorRT has that type at a graph's boundary only.
+        return label.permute(2, 1, 0).to(torch.uint8), probability.permute(2, 1, 0), output.state
+
+
+def _plain(value: object) -> object:
+    """The same with lists for tuples, as YAML has them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

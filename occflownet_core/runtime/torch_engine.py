@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TorchEngine: a bundle's weights in the network itself, for machines with PyTorch and for comparison."""
+
+from __future__ import annotations
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from occflownet_core.errors import EngineError
+from occflownet_core.lift_tables import LiftTables
+from occflownet_core.model import DeployedModel, ModelConfig, OccFlowNet
+from occflownet_core.runtime.bundle import Bundle
+from occflownet_core.runtime.engine import Engine, Prediction
+
+
+class TorchEngine(Engine):
+    """Runs the network of ``weights.safetensors``, on the GPU where there is one.
+
+    Args:
+        bundle: from ``load_bundle``, exported with its weights.
+        threads: CPU threads; PyTorch has one such setting for the whole process.
+
+    Raises:
+        EngineError: the bundle carries no weights, or other ones than its configuration describes.
+        ConfigError: the bundle's configuration describes no network of this version.
+    """
+
+    name = "torch"
+
+    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+        super().__init__(bundle)
+        if bundle.weights_path is None:
+            raise EngineError(
+                f"bundle {bundle.directory} carries no weights for the backend 'torch'; "
+                "export it with --with-weights, or use the backend 'onnxruntime'"
+            )
+        torch.set_num_threads(threads)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config = ModelConfig.from_dict(bundle.model)
+        model = OccFlowNet(config.without_download())
+        try:
+            model.load_state_dict(safetensors.torch.load_file(bundle.weights_path))
+        except (RuntimeError, safetensors.SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise EngineError(f"{bundle.weights_path} is not of the bundle's network ({reason} ...)") from None
+        self._deployed = DeployedModel(model).to(self._device).eval()
+        self.reset()
+
+    def reset(self) -> None:
+        self._state = self._deployed.model.empty_state()
+
+    def _load_tables(self, tables: LiftTables) -> None:
+        arrays = (tables.pixel_index, tables.depth_index, tables.depth_weight)
+        self._table_tensors = [torch.from_numpy(array).to(self._device) for array in arrays]
+
+    @torch.inference_mode()
+    def _forward(self, images: np.ndarray, previous_from_current: np.ndarray) -> Prediction:
+        labels, probability, self._state = self._deployed(
+            torch.from_numpy(images).to(self._device),
+            *self._table_tensors,
+            torch.from_numpy(previous_from_current).to(self._device),
+            torch.tensor(self.occupancy_threshold, device=self._device),
+            self._state,
+        )
+        return Prediction(labels.cpu().numpy(), probability.cpu().numpy())
