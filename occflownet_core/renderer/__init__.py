@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Differentiable rendering of an occupancy field: ``render`` is the one way in."""
+
+from __future__ import annotations
+
+import torch
+
+from occflownet_core.grid import VoxelGrid
+from occflownet_core.motion import StaticWorld
+from occflownet_core.renderer.rays import Rays
+from occflownet_core.renderer.traversal import render_traversal
+from occflownet_core.renderer.volume import (
+    RenderConfig,
+    RenderedRays,
+    RenderSamples,
+    range_target,
+    render_sampled,
+)
+from occflownet_core.voxel_field import Field, VoxelField
+
+__all__ = ["Rays", "RenderConfig", "RenderSamples", "RenderedRays", "range_target", "render"]
+
+
+def render(
+    field: Field,
+    rays: Rays,
+    grid: VoxelGrid,
+    motion: StaticWorld | None = None,
+    config: RenderConfig | None = None,
+    generator: torch.Generator | None = None,
+) -> RenderedRays:
+    """What rays see in a field: range, class logits, opacity; differentiable in the field and in a learned motion.
+
+    Args:
+        field: the current frame's field (``OccupancyField`` or ``VoxelField``).
+        rays: lines of sight in the current ego frame. Pass ``rays[motion.keeps(rays, grid)]`` for supervision: what the
+            motion knows to be wrong in neighbour frames is not rendered wrongly, but should not be learned from.
+        grid: the box that rays are rendered in, and the cells that traversal crosses.
+        motion: what moved between a ray's time and now; None is a static world.
+        config: how to render; None is the default, exact voxel traversal.
+        generator: for stratified samples.
+
+    Raises:
+        GeometryError: the field does not fit the grid.
+        ConfigError: the config contradicts itself.
+
+    >>> from occflownet_core.grid import VoxelGrid
+    >>> grid = VoxelGrid((0, 0, 0), (4, 1, 1), 1.0)
+    >>> density = torch.tensor([0.0, 0.0, 100.0, 0.0]).view(1, 1, 1, 4)
+    >>> rays = Rays.from_numpy([[0.0, 0.5, 0.5]], [[1.0, 0, 0]], [2.0], [4])
+    >>> render(VoxelField(density, torch.zeros(1, 17, 1, 1, 4), grid), rays, grid).range_m
+    tensor([2.0100])
+    """
+    motion = motion or StaticWorld()
+    config = config or RenderConfig()
+    if config.method == "traversal":
+        return render_traversal(*field.lattice(grid), rays, grid, motion, config)
+    if config.sampled_field == "lattice":
+        field = VoxelField(*field.lattice(grid), grid, "trilinear", config.alignment)
+    return render_sampled(field, rays, grid, motion, config, generator)
