@@ -15,3 +15,13 @@ def nuscenes_real_root() -> Path:
     if not (root / "v1.0-mini").is_dir():
         pytest.skip(f"the real nuScenes keyframes are not on this machine (looked in {root})")
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory) -> Path:
+    """A bundle of the demo's network with random weights: what it says means nothing, how it runs is the real thing."""
+    export = pytest.importorskip("training.export", reason="exporting a bundle needs the train extra")
+    directory = tmp_path_factory.mktemp("bundle") / "minicity_tiny"
+    config = REPOSITORY / "training" / "configs" / "minicity_tiny.yaml"
+    assert export.main(["--config", str(config), "--out", str(directory)]) == 0
+    return directory
