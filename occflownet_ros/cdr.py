@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CDR bytes of visualization_msgs/MarkerArray, laid out by NumPy: a thousand times faster than Point objects in a loop.
+
+CDR (OMG formal/02-06-51, section 15.3) writes fields in order, each primitive aligned to its size counted from the end
+of a 4-byte encapsulation header; strings and sequences carry their length as uint32 first.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+_LITTLE_ENDIAN = b"\x00\x01\x00\x00"
+_ADD, _DELETE_ALL, _CUBE_LIST = 0, 3, 6
+
+
+@dataclass(frozen=True)
+class CubeList:
+    """One marker: cubes of one size and colour.
+
+    Attributes:
+        namespace: the marker's ``ns``; RViz shows a check box for each.
+        marker_id: the marker's ``id``.
+        centres_m: [n, 3] cube centres in the header's frame, metres.
+        edge_m: edge of a cube.
+        color_rgba: four numbers 0..1.
+    """
+
+    namespace: str
+    marker_id: int
+    centres_m: np.ndarray
+    edge_m: float
+    color_rgba: tuple[float, float, float, float]
+
+
+class CdrWriter:
+    """Appends primitives to a little-endian CDR stream."""
+
+    def __init__(self) -> None:
+        self._data = bytearray(_LITTLE_ENDIAN)
+
+    def align(self, size: int) -> None:
+        self._data.extend(b"\x00" * (-(len(self._data) - 4) % size))
+
+    def pack(self, form: str, *values: float) -> None:
+        """Values of one primitive type (``struct`` letter), aligned to its size."""
+        self.align(struct.calcsize("<" + form[-1]))
+        self._data.extend(struct.pack("<" + form, *values))
+
+    def string(self, text: str) -> None:
+        encoded = text.encode() + b"\x00"
+        self.pack("I", len(encoded))
+        self._data.extend(encoded)
+
+    def points(self, points: np.ndarray) -> None:
+        """A sequence of geometry_msgs/Point from [n, 3]."""
+        self.pack("I", len(points))
+        if len(points):
+            self.align(8)
+            self._data.extend(np.ascontiguousarray(points, dtype="<f8").data.cast("B"))
+
+    def finish(self) -> bytes:
+        return bytes(self._data)
+
+
+def marker_array(stamp_ns: int, frame_id: str, cube_lists: Iterable[CubeList], delete_all: bool) -> bytes:
+    """A serialised MarkerArray.
+
+    Args:
+        stamp_ns: stamp of every marker.
+        frame_id: frame of every marker.
+        cube_lists: one CUBE_LIST marker each.
+        delete_all: begin with a DELETEALL marker, so that markers which are not repeated disappear.
+    """
+    cube_lists = list(cube_lists)
+    writer = CdrWriter()
+    writer.pack("I", len(cube_lists) + delete_all)
+    if delete_all:
+        nothing = CubeList("", 0, np.empty((0, 3)), 0.0, (0.0, 0.0, 0.0, 0.0))
+        _marker(writer, stamp_ns, frame_id, 0, _DELETE_ALL, nothing)
+    for cubes in cube_lists:
+        _marker(writer, stamp_ns, frame_id, _CUBE_LIST, _ADD, cubes)
+    return writer.finish()
+
+
+def _marker(writer: CdrWriter, stamp_ns: int, frame_id: str, kind: int, action: int, cubes: CubeList) -> None:
+    writer.pack("i", stamp_ns // 10**9)
+    writer.pack("I", stamp_ns % 10**9)
+    writer.string(frame_id)
+    writer.string(cubes.namespace)
+    writer.pack("3i", cubes.marker_id, kind, action)
+    writer.pack("7d", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # pose: position, orientation
+    writer.pack("3d", cubes.edge_m, cubes.edge_m, cubes.edge_m)  # scale
+    writer.pack("4f", *cubes.color_rgba)
+    writer.pack("i", 0)  # lifetime.sec: forever
+    writer.pack("I", 0)  # lifetime.nanosec
+    writer.pack("?", False)  # frame_locked
+    writer.points(cubes.centres_m)
+    writer.pack("I", 0)  # colors
+    writer.string("")  # texture_resource
+    writer.pack("i", 0)  # texture.header.stamp.sec
+    writer.pack("I", 0)  # texture.header.stamp.nanosec
+    writer.string("")  # texture.header.frame_id
+    writer.string("")  # texture.format
+    writer.pack("I", 0)  # texture.data
+    writer.pack("I", 0)  # uv_coordinates
+    writer.string("")  # text
+    writer.string("")  # mesh_resource
+    writer.string("")  # mesh_file.filename
+    writer.pack("I", 0)  # mesh_file.data
+    writer.pack("?", False)  # mesh_use_embedded_materials

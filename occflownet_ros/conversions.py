@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between ROS messages and the core's types: stamps, images, camera_info, odometry in; occupancy frames out."""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from builtin_interfaces.msg import Time
+from nav_msgs.msg import OccupancyGrid, Odometry
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2, PointField
+from std_msgs.msg import Header, MultiArrayDimension, UInt8MultiArray
+
+from occflownet_core.errors import ImageError
+from occflownet_core.grid import VoxelGrid
+from occflownet_core.labels import CLASS_NAMES, CLASSES, COLORS_RGB, FREE
+from occflownet_core.occupancy_frame import OccupancyFrame, surface_voxels
+from occflownet_core.preprocess import ImageTransform
+from occflownet_ros import cdr
+from occflownet_ros.calibration_source import Intrinsics
+
+_CHANNELS = {"rgb8": 3, "bgr8": 3, "mono8": 1}
+_TO_RGB = {"bgr8": cv2.COLOR_BGR2RGB, "mono8": cv2.COLOR_GRAY2RGB}
+_BLOCKING = np.array([c.blocks_vehicle for c in CLASSES])
+_CLOUD_FIELDS = ("x", "y", "z", "rgb", "probability")
+_VELOCITY_FIELDS = ("vx", "vy", "vz")
+
+UNKNOWN, PASSABLE, BLOCKED = -1, 0, 100
+"""nav_msgs/OccupancyGrid values."""
+
+
+def nanoseconds(stamp: Time) -> int:
+    """Nanoseconds since the epoch of a message's stamp."""
+    return stamp.sec * 10**9 + stamp.nanosec
+
+
+def time_message(stamp_ns: int) -> Time:
+    return Time(sec=stamp_ns // 10**9, nanosec=stamp_ns % 10**9)
+
+
+def header_message(frame: OccupancyFrame) -> Header:
+    return Header(stamp=time_message(frame.stamp_ns), frame_id=frame.frame_id)
+
+
+def network_image(message: CompressedImage | Image, transform: ImageTransform) -> np.ndarray:
+    """The network's view, uint8 RGB [height, width, 3], of an image message.
+
+    Raises:
+        ImageError: the image cannot be decoded, is cut short, is of another size than announced, or of an encoding
+            that is not supported.
+    """
+    if isinstance(message, CompressedImage):
+        return transform.jpeg(np.frombuffer(message.data, dtype=np.uint8))
+    small = transform.image(_pixels(message))
+    code = _TO_RGB.get(message.encoding)
+    return small if code is None else cv2.cvtColor(small, code)
+
+
+def _pixels(message: Image) -> np.ndarray:
+    """A view uint8 [height, width, channels] into a raw image message, row padding left out."""
+    channels = _CHANNELS.get(message.encoding)
+    if channels is None:
+        raise ImageError(f"raw images of encoding '{message.encoding}' are not supported; send {', '.join(_CHANNELS)}")
+    height, width, step = message.height, message.width, message.step
+    if step < width * channels or len(message.data) != step * height or not message.data:
+        raise ImageError(
+            f"a raw {message.encoding} image of {width} x {height} px with rows of {step} bytes holds "
+            f"{len(message.data)} bytes, expected {step * height} with rows of at least {width * channels}; "
+            "it was cut short or mislabelled"
+        )
+    rows = np.frombuffer(message.data, dtype=np.uint8).reshape(height, step)
+    return rows[:, : width * channels].reshape(height, width, channels)
+
+
+def intrinsics_from_info(message: CameraInfo) -> Intrinsics:
+    """The rectified image's intrinsics: P where it is filled in, else K (they agree for an undistorted camera)."""
+    projection = np.array(message.p, dtype=np.float64).reshape(3, 4)[:, :3]
+    matrix = projection if projection.any() else np.array(message.k, dtype=np.float64).reshape(3, 3)
+    return Intrinsics(message.header.frame_id, message.width, message.height, tuple(matrix.ravel().tolist()))
+
+
+def pose_from_odometry(message: Odometry) -> tuple[np.ndarray, np.ndarray]:
+    """Position [3], metres, and quaternion [4], scalar first, of the child frame in the odometry frame."""
+    p, q = message.pose.pose.position, message.pose.pose.orientation
+    return np.array([p.x, p.y, p.z]), np.array([q.w, q.x, q.y, q.z])
+
+
+def voxel_centres_m(grid: VoxelGrid, flat_index: np.ndarray) -> np.ndarray:
+    """Centres [n, 3] in the ego frame of cells given by C-order index into [X, Y, Z]."""
+    return grid.metric_from_index(np.stack(np.unravel_index(flat_index, grid.shape), axis=-1) + 0.5)
+
+
+def cloud_message(frame: OccupancyFrame) -> PointCloud2:
+    """Every occupied voxel as a point: x, y, z, rgb, probability, (vx, vy, vz), label."""
+    flat_index = np.flatnonzero(frame.labels != FREE)
+    label = frame.labels.ravel()[flat_index]
+    names = _CLOUD_FIELDS + (_VELOCITY_FIELDS if frame.velocity_mps is not None else ())
+    # Little-endian by name, and padded to a multiple of four as PCL likes it.
+    layout = np.dtype([(name, "<f4") for name in names] + [("label", "u1"), ("padding", "V3")])
+    points = np.zeros(len(flat_index), dtype=layout)
+    centres_m = voxel_centres_m(frame.grid, flat_index)
+    for axis, name in enumerate("xyz"):
+        points[name] = centres_m[:, axis]
+    packed = COLORS_RGB.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
+    points["rgb"] = packed.astype("<u4").view("<f4")[label]
+    points["probability"] = 1.0 if frame.probability is None else frame.probability.ravel()[flat_index]
+    if frame.velocity_mps is not None:
+        velocity_mps = frame.velocity_mps.reshape(-1, 3)[flat_index]
+        for axis, name in enumerate(_VELOCITY_FIELDS):
+            points[name] = velocity_mps[:, axis]
+    points["label"] = label
+    fields = [PointField(name=n, offset=layout.fields[n][1], datatype=PointField.FLOAT32, count=1) for n in names]
+    fields.append(PointField(name="label", offset=layout.fields["label"][1], datatype=PointField.UINT8, count=1))
+    return PointCloud2(
+        header=header_message(frame),
+        height=1,
+        width=len(points),
+        fields=fields,
+        is_bigendian=False,
+        point_step=layout.itemsize,
+        row_step=layout.itemsize * len(points),
+        data=array.array("B", points.tobytes()),
+        is_dense=True,
+    )
+
+
+def class_cubes(frame: OccupancyFrame, alpha: float) -> list[cdr.CubeList]:
+    """The surface voxels, one cube list per class present; marker id = label."""
+    flat_index = np.flatnonzero(surface_voxels(frame.labels))
+    label = frame.labels.ravel()[flat_index]
+    order = np.argsort(label, kind="stable")
+    centres_m = voxel_centres_m(frame.grid, flat_index[order])
+    starts = np.searchsorted(label[order], np.arange(FREE + 1))
+    return [
+        cdr.CubeList(
+            namespace=CLASS_NAMES[c],
+            marker_id=c,
+            centres_m=centres_m[starts[c] : starts[c + 1]],
+            edge_m=frame.grid.voxel_size_m,
+            color_rgba=(*(COLORS_RGB[c] / 255.0).tolist(), alpha),
+        )
+        for c in range(FREE)
+        if starts[c + 1] > starts[c]
+    ]
+
+
+def labels_message(frame: OccupancyFrame) -> UInt8MultiArray:
+    """The dense labels [X, Y, Z] in C order.
+
+    The message type has no header, so the labels of its dimensions carry stamp, frame and grid:
+    ``x stamp_ns=1532402927612460000 frame_id=base_link lower_m=-40.0 voxel_size_m=0.4``, ``y lower_m=...``, ``z ...``.
+    ``labels_from_message`` reads them back.
+    """
+    shape = frame.grid.shape
+    strides = (shape[0] * shape[1] * shape[2], shape[1] * shape[2], shape[2])
+    message = UInt8MultiArray()
+    for axis, name in enumerate("xyz"):
+        head = f"x stamp_ns={frame.stamp_ns} frame_id={frame.frame_id}" if axis == 0 else name
+        label = f"{head} lower_m={frame.grid.lower_m[axis]!r} voxel_size_m={frame.grid.voxel_size_m!r}"
+        message.layout.dim.append(MultiArrayDimension(label=label, size=shape[axis], stride=strides[axis]))
+    message.data = array.array("B", frame.labels.tobytes())
+    return message
+
+
+def labels_from_message(message: UInt8MultiArray) -> OccupancyFrame:
+    """The frame (stamp, frame, grid, labels) that ``labels_message`` wrote.
+
+    Raises:
+        ValueError: the message was not written by ``labels_message``.
+    """
+    axes = [dict(pair.split("=", 1) for pair in dim.label.split()[1:]) for dim in message.layout.dim]
+    try:
+        size_m = float(axes[0]["voxel_size_m"])
+        lower_m = tuple(float(axis["lower_m"]) for axis in axes)
+        shape = tuple(dim.size for dim in message.layout.dim)
+        upper_m = tuple(low + n * size_m for low, n in zip(lower_m, shape, strict=True))
+        labels = np.frombuffer(message.data, dtype=np.uint8).reshape(shape)
+        stamp_ns, frame_id = int(axes[0]["stamp_ns"]), axes[0]["frame_id"]
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"the message's layout lacks {error}; it is not one of the node's ~/labels") from None
+    return OccupancyFrame(stamp_ns, frame_id, VoxelGrid(lower_m, upper_m, size_m), labels)
+
+
+def costmap_message(frame: OccupancyFrame, min_height_m: float, max_height_m: float) -> OccupancyGrid:
+    """What blocks a vehicle: 100 where a blocking class has a voxel in the height band, 0 where anything else was seen
+    (ground, or something above the band), -1 where the whole column is empty."""
+    grid = frame.grid
+    heights_m = grid.lower_m[2] + (np.arange(grid.shape[2]) + 0.5) * grid.voxel_size_m
+    band = (heights_m >= min_height_m) & (heights_m <= max_height_m)
+    blocked = _BLOCKING[frame.labels[:, :, band]].any(axis=2)
+    seen = (frame.labels != FREE).any(axis=2)
+    cells = np.where(blocked, BLOCKED, np.where(seen, PASSABLE, UNKNOWN)).astype(np.int8)  # [X, Y]
+    message = OccupancyGrid(header=header_message(frame))
+    message.info.map_load_time = message.header.stamp
+    message.info.resolution = grid.voxel_size_m
+    message.info.width, message.info.height = grid.shape[0], grid.shape[1]
+    message.info.origin.position.x, message.info.origin.position.y = grid.lower_m[0], grid.lower_m[1]
+    message.info.origin.orientation.w = 1.0
+    message.data = array.array("b", cells.T.tobytes())  # rows run along x
+    return message
+
+
+def marker_bytes(frame: OccupancyFrame, cubes: Sequence[cdr.CubeList], delete_all: bool) -> bytes:
+    """The serialised MarkerArray of the frame's cube lists."""
+    return cdr.marker_array(frame.stamp_ns, frame.frame_id, cubes, delete_all)

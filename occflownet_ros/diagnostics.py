@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the node says about itself: throttled sentences, latency statistics, and the statuses of /diagnostics."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+
+OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR
+
+CAMERA_TIMEOUT_S = 1.0
+_REPEAT_S = 10.0
+_LATENCY_WINDOW = 200
+_TROUBLE = ("undecodable", "late", "duplicate", "out_of_order", "cleared")
+
+
+class Complaints:
+    """Passes a sentence on at most once in ten seconds per subject, with how often it was held back. Thread-safe."""
+
+    def __init__(self, warn: Callable[[str], None], now_s: Callable[[], float]) -> None:
+        self._warn = warn
+        self._now_s = now_s
+        self._lock = threading.Lock()
+        self._said_s: dict[str, float] = {}
+        self._held_back: Counter[str] = Counter()
+
+    def __call__(self, subject: str, sentence: str) -> None:
+        with self._lock:
+            now_s = self._now_s()
+            if now_s - self._said_s.get(subject, -np.inf) < _REPEAT_S:
+                self._held_back[subject] += 1
+                return
+            self._said_s[subject] = now_s
+            held_back = self._held_back.pop(subject, 0)
+        self._warn(f"{sentence} ({held_back} more like this since)" if held_back else sentence)
+
+
+class LatencyWindow:
+    """Latencies per stage of the last sets."""
+
+    def __init__(self) -> None:
+        self._ms: dict[str, deque[float]] = {}
+
+    def add(self, latency_ms: Mapping[str, float]) -> None:
+        for stage, value in latency_ms.items():
+            self._ms.setdefault(stage, deque(maxlen=_LATENCY_WINDOW)).append(value)
+
+    def summary(self) -> dict[str, str]:
+        """``{"latency engine p50 / p95 [ms]": "81.2 / 90.4", ...}``."""
+        return {
+            f"latency {stage} p50 / p95 [ms]": " / ".join(f"{v:.1f}" for v in np.percentile(values, (50, 95)))
+            for stage, values in self._ms.items()
+        }
+
+
+@dataclass(frozen=True)
+class Status:
+    """One entry of /diagnostics."""
+
+    name: str
+    level: bytes
+    message: str
+    values: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CameraReport:
+    """What is known of a camera at one moment.
+
+    Attributes:
+        name: in the bundle.
+        topic: of its images.
+        silent_s: since its last image, None before the first.
+        rate_hz: images since the report before, per second.
+        counters: outcomes of its images so far.
+        recent: the same, since the report before.
+    """
+
+    name: str
+    topic: str
+    silent_s: float | None
+    rate_hz: float
+    counters: Mapping[str, int]
+    recent: Mapping[str, int]
+
+
+def camera_status(report: CameraReport) -> Status:
+    level, message = OK, f"{report.rate_hz:.1f} Hz"
+    trouble = [f"{report.recent[what]} {what.replace('_', ' ')}" for what in _TROUBLE if report.recent.get(what)]
+    if report.silent_s is None:
+        level, message = ERROR, f"no image yet on {report.topic}"
+    elif report.silent_s > CAMERA_TIMEOUT_S:
+        level, message = ERROR, f"no image for {report.silent_s:.1f} s on {report.topic}"
+    elif trouble:
+        level, message = WARN, f"{', '.join(trouble)} in the last second"
+    return Status(f"camera {report.name}", level, message, {"topic": report.topic, **report.counters})
+
+
+def engine_status(name: str, sets: Mapping[str, int], recent: Mapping[str, int], latency: LatencyWindow) -> Status:
+    """Sets and latencies; ``recent`` counts since the report before."""
+    values = {"engine": name, **{f"sets {k}": v for k, v in sets.items()}, **latency.summary()}
+    if recent.get("failed"):
+        return Status("engine", ERROR, f"failed on {recent['failed']} sets in the last second", values)
+    if not recent.get("processed"):
+        return Status("engine", WARN, "no set in the last second", values)
+    dropped = recent.get("dropped", 0) + recent.get("undecodable", 0)
+    if dropped:
+        return Status("engine", WARN, f"{dropped} sets dropped in the last second", values)
+    return Status("engine", OK, f"{recent['processed']} sets in the last second", values)
+
+
+def calibration_status(problem: str, changes: int) -> Status:
+    values = {"tables built": changes}
+    return Status("calibration", ERROR if problem else OK, problem or "complete", values)
+
+
+def ego_motion_status(
+    topic: str, counters: Mapping[str, int], resets: Mapping[str, int], recent_resets: Mapping[str, int], reason: str
+) -> Status:
+    values = {"topic": topic, **counters, **{f"reset {cause}": n for cause, n in resets.items()}}
+    if not topic:
+        return Status("ego motion", OK, "off: odom_topic is empty", values)
+    if not counters.get("received"):
+        return Status("ego motion", WARN, f"no odometry yet on {topic}; the network runs without memory", values)
+    if any(n for cause, n in recent_resets.items() if cause != "first_set"):
+        return Status("ego motion", WARN, reason or "memory was reset in the last second", values)
+    return Status("ego motion", OK, "following odometry", values)
+
+
+def diagnostic_array(stamp, node_name: str, hardware_id: str, statuses: Sequence[Status]) -> DiagnosticArray:
+    """The message; ``stamp`` is a builtin_interfaces/Time."""
+    message = DiagnosticArray()
+    message.header.stamp = stamp
+    for status in statuses:
+        message.status.append(
+            DiagnosticStatus(
+                level=status.level,
+                name=f"{node_name}: {status.name}",
+                message=status.message,
+                hardware_id=hardware_id,
+                values=[KeyValue(key=key, value=str(value)) for key, value in status.values.items()],
+            )
+        )
+    return message

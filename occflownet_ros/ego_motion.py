@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ego motion between image sets, from a buffer of poses; and when the network's memory must be forgotten. Pure Python."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, deque
+
+import numpy as np
+
+from occflownet_core import poses
+from occflownet_core.errors import GeometryError
+
+_BUFFER_NS = 20_000_000_000
+_TIME_JUMP_NS = 1_000_000_000
+_POSITION_NOISE_M = 0.5
+
+
+class PoseBuffer:
+    """The last seconds of a pose stream, in order of time.
+
+    Args:
+        max_gap_ms: poses further apart than this are not interpolated between, nor extrapolated beyond.
+
+    Attributes:
+        counters: received, refused (not a pose), out_of_order, time_jumps.
+    """
+
+    def __init__(self, max_gap_ms: float) -> None:
+        self.max_gap_ms = max_gap_ms
+        self.counters: Counter[str] = Counter()
+        self._stamps_ns: deque[int] = deque()
+        self._poses: deque[np.ndarray] = deque()
+
+    def add(self, stamp_ns: int, position_m: np.ndarray, quaternion_wxyz: np.ndarray) -> None:
+        """Append ``odom_from_base`` at a moment; a step back of more than a second empties the buffer first.
+
+        Raises:
+            GeometryError: the position or quaternion is no pose (NaN, all zero); the buffer is left as it was.
+        """
+        self.counters["received"] += 1
+        try:
+            odom_from_base = poses.pose(position_m, quaternion_wxyz)
+        except GeometryError:
+            self.counters["refused"] += 1
+            raise
+        if self._stamps_ns and stamp_ns <= self._stamps_ns[-1]:
+            if self._stamps_ns[-1] - stamp_ns <= _TIME_JUMP_NS:
+                self.counters["out_of_order"] += 1
+                return
+            self.counters["time_jumps"] += 1
+            self._stamps_ns.clear()
+            self._poses.clear()
+        self._stamps_ns.append(stamp_ns)
+        self._poses.append(odom_from_base)
+        while stamp_ns - self._stamps_ns[0] > _BUFFER_NS:
+            self._stamps_ns.popleft()
+            self._poses.popleft()
+
+    @property
+    def newest_ns(self) -> int | None:
+        """Stamp of the newest pose, None while there is none."""
+        return self._stamps_ns[-1] if self._stamps_ns else None
+
+    def at(self, stamp_ns: int) -> np.ndarray | None:
+        """``odom_from_base`` [4, 4] at a moment, interpolated; None where no pose is near enough.
+
+        Beyond the newest pose the motion between the last two is continued, for at most ``max_gap_ms``.
+        """
+        after = bisect_left(self._stamps_ns, stamp_ns)
+        if after < len(self._stamps_ns) and self._stamps_ns[after] == stamp_ns:
+            return self._poses[after]
+        if after == 0 or len(self._stamps_ns) < 2:
+            return None
+        after = min(after, len(self._stamps_ns) - 1)
+        first_ns, second_ns = self._stamps_ns[after - 1], self._stamps_ns[after]
+        if max(second_ns - first_ns, stamp_ns - second_ns) > self.max_gap_ms * 1e6:
+            return None
+        fraction = (stamp_ns - first_ns) / (second_ns - first_ns)
+        return poses.interpolate(self._poses[after - 1], self._poses[after], fraction)
+
+
+class EgoMotion:
+    """The motion from one processed set to the next, or the reason why there is none.
+
+    Args:
+        max_gap_s: a longer time between sets forgets the memory.
+        max_speed_mps: faster motion between sets is a jump of the localisation, not motion.
+        max_yaw_rate_rps: likewise for turning, radians per second.
+
+    Attributes:
+        resets: how often the memory was forgotten, by cause: first_set, time_jump, gap, no_odometry, pose_jump, engine.
+        last_reason: one sentence about the latest reset; empty after a step that went well.
+    """
+
+    def __init__(self, max_gap_s: float, max_speed_mps: float, max_yaw_rate_rps: float) -> None:
+        self.max_gap_s = max_gap_s
+        self.max_speed_mps = max_speed_mps
+        self.max_yaw_rate_rps = max_yaw_rate_rps
+        self.resets: Counter[str] = Counter()
+        self.last_reason = ""
+        self._previous: tuple[int, np.ndarray | None] | None = None
+
+    def step(self, stamp_ns: int, odom_from_base: np.ndarray | None) -> np.ndarray | None:
+        """``previous_from_current`` [4, 4] for the set of this stamp, or None: then the memory is to be forgotten.
+
+        Args:
+            stamp_ns: the set's stamp.
+            odom_from_base: the vehicle's pose at that moment, None where it is unknown.
+        """
+        cause, self.last_reason = self._reset_cause(stamp_ns, odom_from_base)
+        previous, self._previous = self._previous, (stamp_ns, odom_from_base)
+        if cause:
+            self.resets[cause] += 1
+            return None
+        return poses.inverse(previous[1]) @ odom_from_base
+
+    def forget(self, cause: str, reason: str) -> None:
+        """The engine lost its memory (it failed, or was made anew): the next step starts from nothing."""
+        self.resets[cause] += 1
+        self.last_reason = reason
+        self._previous = None
+
+    def _reset_cause(self, stamp_ns: int, odom_from_base: np.ndarray | None) -> tuple[str, str]:
+        if odom_from_base is None:
+            return "no_odometry", f"no odometry around {stamp_ns / 1e9:.3f} s; memory forgotten"
+        if self._previous is None or self._previous[1] is None:
+            return "first_set", "first set with a known pose; memory starts here"
+        elapsed_s = (stamp_ns - self._previous[0]) / 1e9
+        if elapsed_s <= 0:
+            return "time_jump", f"time jumped back by {-elapsed_s:.3f} s; memory forgotten"
+        if elapsed_s > self.max_gap_s:
+            return "gap", f"{elapsed_s:.2f} s since the last set, more than {self.max_gap_s:g} s; memory forgotten"
+        previous_from_current = poses.inverse(self._previous[1]) @ odom_from_base
+        distance_m = float(np.linalg.norm(previous_from_current[:3, 3]))
+        turn_rad = abs(poses.yaw(previous_from_current))
+        too_far = distance_m > self.max_speed_mps * elapsed_s + _POSITION_NOISE_M
+        if too_far or turn_rad > self.max_yaw_rate_rps * elapsed_s:
+            return "pose_jump", (
+                f"odometry moved {distance_m:.1f} m and turned {np.degrees(turn_rad):.0f} degrees in "
+                f"{elapsed_s:.2f} s; memory forgotten"
+            )
+        return "", ""

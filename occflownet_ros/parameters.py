@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every parameter of the node, in one table: name, type, default, limits, unit and a sentence. Pure Python."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from occflownet_core.errors import OccflownetError
+
+
+class ParameterError(OccflownetError):
+    """A parameter's value cannot be used."""
+
+
+def _parameter(
+    default: object,
+    text: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    live: bool = False,
+) -> object:
+    """A row of the table; ``live`` parameters may change while the node is configured."""
+    limits = {"text": text, "unit": unit, "low": low, "high": high, "choices": choices, "live": live}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: default, metadata={**limits, "default": default})
+    return field(default=default, metadata={**limits, "default": default})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The node's parameters. Each field is a row of the table: its metadata holds text, unit, limits and choices."""
+
+    bundle: str = _parameter("", "Folder of the model bundle; required.")
+    backend: str = _parameter(
+        "auto",
+        "Inference engine; auto takes the fastest installed.",
+        choices=("auto", "onnxruntime", "tensorrt", "torch"),
+    )
+    threads: int = _parameter(0, "Threads of the inference engine; 0 lets it choose.", low=0, high=256)
+    base_frame: str = _parameter("base_link", "Ego frame: extrinsics are relative to it, outputs are expressed in it.")
+    camera_namespaces: tuple[str, ...] = _parameter(
+        (), "Namespace of each camera, in the bundle's order; empty means /<camera name> of the bundle."
+    )
+    anchor_camera: str = _parameter(
+        "", "Camera (name in the bundle) whose image opens a set and gives its stamp; empty means the bundle's first."
+    )
+    image_transport: str = _parameter(
+        "compressed", "Subscribe to image_rect_compressed or to image_rect.", choices=("compressed", "raw")
+    )
+    image_reliability: str = _parameter(
+        "best_effort", "QoS reliability of the image subscriptions.", choices=("best_effort", "reliable")
+    )
+    image_depth: int = _parameter(4, "QoS queue depth of each image subscription.", low=1, high=100)
+    decode_threads: int = _parameter(0, "Threads that decode images; 0 means one per core.", low=0, high=64)
+    max_camera_time_diff_ms: float = _parameter(
+        60.0,
+        "An image further from the anchor's stamp never joins its set; best below the camera period.",
+        unit="ms",
+        low=0.0,
+        high=10000.0,
+        live=True,
+    )
+    deadline_ms: float = _parameter(
+        100.0,
+        "How long a set waits for its images after the anchor's arrival.",
+        unit="ms",
+        low=1.0,
+        high=60000.0,
+        live=True,
+    )
+    missing_cameras: str = _parameter(
+        "drop",
+        "At the deadline, drop an incomplete set or run it with the absent cameras masked.",
+        choices=("drop", "mask"),
+        live=True,
+    )
+    calibration_file: str = _parameter(
+        "", "YAML file with the cameras' extrinsics (and intrinsics); empty means extrinsics from /tf_static."
+    )
+    intrinsics_source: str = _parameter(
+        "camera_info",
+        "Where intrinsics come from; calibration_file makes the node independent of camera_info.",
+        choices=("camera_info", "calibration_file"),
+    )
+    calibration_timeout_s: float = _parameter(
+        5.0,
+        "After this long without a camera_info or an extrinsic the node warns and names what is missing.",
+        unit="s",
+        low=0.1,
+        high=3600.0,
+    )
+    odom_topic: str = _parameter("/odom", "Topic of nav_msgs/Odometry of the base frame; empty runs without memory.")
+    odom_max_gap_ms: float = _parameter(
+        200.0,
+        "Poses further apart are not interpolated between, nor extrapolated beyond.",
+        unit="ms",
+        low=1.0,
+        high=10000.0,
+        live=True,
+    )
+    odom_wait_ms: float = _parameter(
+        20.0,
+        "How long a complete set waits for odometry that reaches its stamp, before extrapolating.",
+        unit="ms",
+        low=0.0,
+        high=1000.0,
+        live=True,
+    )
+    memory_max_gap_s: float = _parameter(
+        2.0, "A longer time between two sets resets the memory.", unit="s", low=0.01, high=60.0, live=True
+    )
+    max_speed_mps: float = _parameter(
+        60.0, "Faster ego motion counts as a jump and resets the memory.", unit="m/s", low=0.1, high=1000.0, live=True
+    )
+    max_yaw_rate_rps: float = _parameter(
+        3.0, "Faster turning counts as a jump and resets the memory.", unit="rad/s", low=0.01, high=100.0, live=True
+    )
+    occupancy_threshold: float = _parameter(
+        -1.0,
+        "A voxel above this probability is occupied; negative takes the bundle's tuned value.",
+        low=-1.0,
+        high=1.0,
+        live=True,
+    )
+    occupancy_max_rate_hz: float = _parameter(
+        0.0, "Limit of ~/occupancy; 0 publishes every set.", unit="Hz", low=0.0, high=1000.0, live=True
+    )
+    voxels_max_rate_hz: float = _parameter(
+        5.0, "Limit of ~/voxels; 0 publishes every set.", unit="Hz", low=0.0, high=1000.0, live=True
+    )
+    labels_max_rate_hz: float = _parameter(
+        0.0, "Limit of ~/labels; 0 publishes every set.", unit="Hz", low=0.0, high=1000.0, live=True
+    )
+    costmap_max_rate_hz: float = _parameter(
+        0.0, "Limit of ~/costmap; 0 publishes every set.", unit="Hz", low=0.0, high=1000.0, live=True
+    )
+    costmap_min_height_m: float = _parameter(
+        0.2, "Voxels whose centre is lower do not block.", unit="m", low=-100.0, high=100.0, live=True
+    )
+    costmap_max_height_m: float = _parameter(
+        2.2, "Voxels whose centre is higher do not block.", unit="m", low=-100.0, high=100.0, live=True
+    )
+    voxel_alpha: float = _parameter(0.9, "Opacity of the voxel markers.", low=0.0, high=1.0, live=True)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, object]) -> Settings:
+        """Settings from parameter values; what is not given keeps its default.
+
+        Raises:
+            ParameterError: an unknown name, a value of the wrong type, or one outside its limits.
+        """
+        rows = {row.name: row for row in fields(cls)}
+        for name in values:
+            if name not in rows:
+                raise ParameterError(unknown_parameter(name))
+        settings = cls(**{name: _checked(rows[name], value) for name, value in values.items()})
+        settings._check_together()
+        return settings
+
+    def _check_together(self) -> None:
+        if self.costmap_min_height_m >= self.costmap_max_height_m:
+            raise ParameterError(
+                f"costmap_min_height_m is {self.costmap_min_height_m:g} and costmap_max_height_m "
+                f"{self.costmap_max_height_m:g}; the first must be lower"
+            )
+        if self.intrinsics_source == "calibration_file" and not self.calibration_file:
+            raise ParameterError("intrinsics_source is calibration_file, but calibration_file is empty; name a file")
+
+
+NAMES: tuple[str, ...] = tuple(row.name for row in fields(Settings))
+LIVE: frozenset[str] = frozenset(row.name for row in fields(Settings) if row.metadata["live"])
+"""Parameters that take effect while the node is configured or active; the others need a cleanup first."""
+
+
+def defaults() -> dict[str, object]:
+    """ROS values of the defaults, by name, in the table's order (tuples as lists; ROS has no empty string list)."""
+    return {
+        row.name: list(d) or [""] if isinstance(d := row.metadata["default"], tuple) else d for row in fields(Settings)
+    }
+
+
+def unknown_parameter(name: str) -> str:
+    """The sentence about a name that is not in the table, with the nearest that is."""
+    near = difflib.get_close_matches(name, NAMES, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else "see docs/topics_and_parameters.md for those that exist"
+    return f"there is no parameter '{name}'; {hint}"
+
+
+def describe(name: str) -> tuple[str, str]:
+    """A parameter's sentence (with its unit), and its limits in words."""
+    row = {row.name: row for row in fields(Settings)}[name]
+    unit = f" [{row.metadata['unit']}]" if row.metadata["unit"] else ""
+    return row.metadata["text"] + unit, _limits(row)
+
+
+def table_markdown() -> str:
+    """The table of the documentation."""
+    lines = ["| parameter | default | limits | unit | while running | what it does |", "|---|---|---|---|---|---|"]
+    for row in fields(Settings):
+        default = row.metadata["default"]
+        shown = ("[]" if default == () else str(default)) if default != "" else '""'
+        live = "changes" if row.metadata["live"] else "fixed"
+        cells = (f"`{row.name}`", f"`{shown}`", _limits(row), row.metadata["unit"], live, row.metadata["text"])
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _limits(row) -> str:
+    if row.metadata["choices"]:
+        return ", ".join(row.metadata["choices"])
+    if row.metadata["low"] is not None:
+        return f"{row.metadata['low']:g} to {row.metadata['high']:g}"
+    return "strings" if isinstance(row.metadata["default"], tuple) else "string"
+
+
+def _checked(row, value: object) -> object:
+    default, choices = row.metadata["default"], row.metadata["choices"]
+    if isinstance(default, tuple):
+        return _checked_strings(row.name, value)
+    if isinstance(default, str):
+        if not isinstance(value, str):
+            raise ParameterError(f"{row.name} is {value!r}; give a string")
+        if choices and value not in choices:
+            raise ParameterError(f"{row.name} is '{value}'; choose {' or '.join(choices)}")
+        return value
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or (isinstance(default, int) and value != int(value)):
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise ParameterError(f"{row.name} is {value!r}; give {kind} from {_limits(row)}")
+    if not row.metadata["low"] <= value <= row.metadata["high"]:
+        raise ParameterError(f"{row.name} is {value:g}; give {row.metadata['unit'] or 'a value'} from {_limits(row)}")
+    return type(default)(value)
+
+
+def _checked_strings(name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(entry, str) for entry in _iterable(name, value)):
+        raise ParameterError(f"{name} is {value!r}; give a list of strings")
+    entries = tuple(value)
+    return () if entries in ((), ("",)) else entries
+
+
+def _iterable(name: str, value: object) -> list:
+    try:
+        return list(value)
+    except TypeError:
+        raise ParameterError(f"{name} is {value!r}; give a list of strings") from None

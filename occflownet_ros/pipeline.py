@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From arriving images to published voxels: assembler, decoding threads, engine thread. No ROS calls but publishing."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import traceback
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+
+from occflownet_core.camera import Camera, CameraRig
+from occflownet_core.errors import CalibrationError, ImageError, OccflownetError
+from occflownet_core.occupancy_frame import OccupancyFrame
+from occflownet_core.runtime.engine import Engine
+from occflownet_ros import conversions
+from occflownet_ros.diagnostics import Complaints, LatencyWindow
+from occflownet_ros.ego_motion import EgoMotion, PoseBuffer
+from occflownet_ros.frame_assembler import DROP, FrameAssembler, ImageSet
+from occflownet_ros.parameters import Settings
+from occflownet_ros.publishers import Outputs
+
+_STOP_TIMEOUT_S = 10.0
+
+
+@dataclass
+class _Arrival:
+    """An image message on its way through a set.
+
+    Attributes:
+        message: as received; let go of once decoding began.
+        arrived_s: monotonic clock.
+        decoded: result of decoding for ``camera``'s size, once begun.
+    """
+
+    message: object
+    arrived_s: float
+    camera: Camera | None = None
+    decoded: Future | None = None
+
+
+@dataclass(frozen=True)
+class PipelineReport:
+    """Counters at one moment.
+
+    Attributes:
+        images: per camera: the assembler's outcomes, plus ``undecodable``.
+        sets: the assembler's counters, plus processed, undecodable, failed.
+        poses: the pose buffer's.
+        resets: of the memory, by cause.
+        reset_reason: of the latest step, empty if it went well.
+        calibration_problem: why the engine refuses the rig, empty if it does not.
+        last_image_s: arrival of each camera's last image on the monotonic clock, None before the first.
+    """
+
+    images: list[Counter[str]]
+    sets: Counter[str]
+    poses: Counter[str]
+    resets: Counter[str]
+    reset_reason: str
+    calibration_problem: str
+    last_image_s: list[float | None] = field(default_factory=list)
+
+
+class Pipeline:
+    """Everything between the callbacks and the publishers. One per activation.
+
+    Args:
+        engine: warmed up; used from this pipeline's thread alone while it runs.
+        settings: as configured.
+        anchor: index of the anchor camera.
+        outputs: where frames go.
+        complain: takes (subject, sentence) about trouble.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings, anchor: int, outputs: Outputs, complain: Complaints) -> None:
+        self.latency = LatencyWindow()
+        self._engine = engine
+        self._outputs = outputs
+        self._complain = complain
+        self._cameras = engine.bundle.cameras
+        self._assembler: FrameAssembler[_Arrival] = FrameAssembler(
+            len(self._cameras),
+            anchor,
+            settings.max_camera_time_diff_ms,
+            settings.deadline_ms,
+            settings.missing_cameras,
+            time.monotonic,
+        )
+        self._poses = PoseBuffer(settings.odom_max_gap_ms)
+        self._ego_motion = EgoMotion(settings.memory_max_gap_s, settings.max_speed_mps, settings.max_yaw_rate_rps)
+        self._rig: CameraRig | None = None
+        self._engine_rig: CameraRig | None = None
+        self._calibration_problem = ""
+        self._undecodable = [Counter() for _ in self._cameras]
+        self._last_image_s: list[float | None] = [None] * len(self._cameras)
+        self._sets: Counter[str] = Counter()
+        self._is_stopping = False
+        # One condition guards all of the above; it is never held while decoding, inferring or publishing.
+        self._changed = threading.Condition()
+        self._decoders = ThreadPoolExecutor(settings.decode_threads or os.cpu_count() or 1, "decode")
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self.apply(settings)
+
+    # Fed by the callbacks
+
+    def add_image(self, camera: int, stamp_ns: int, message: object) -> None:
+        """An image arrived: begin to decode it, and see whether it completes a set."""
+        arrival = _Arrival(message, time.monotonic())
+        with self._changed:
+            self._last_image_s[camera] = arrival.arrived_s
+            if self._rig is not None:
+                self._begin_decoding(camera, arrival, self._rig[camera])
+            self._assembler.add(camera, stamp_ns, arrival)
+            self._changed.notify()
+
+    def add_pose(self, stamp_ns: int, position_m: np.ndarray, quaternion_wxyz: np.ndarray) -> None:
+        """Odometry arrived.
+
+        Raises:
+            GeometryError: it holds no pose.
+        """
+        with self._changed:
+            self._poses.add(stamp_ns, position_m, quaternion_wxyz)
+            self._changed.notify()
+
+    def set_rig(self, rig: CameraRig | None) -> None:
+        """The calibration became known, changed, or was lost (None: sets wait)."""
+        with self._changed:
+            self._rig = rig
+            self._changed.notify()
+
+    def apply(self, settings: Settings) -> None:
+        """Take over the parameters that may change while running."""
+        with self._changed:
+            self._settings = settings
+            self._assembler.max_diff_ms = settings.max_camera_time_diff_ms
+            self._assembler.deadline_ms = settings.deadline_ms
+            self._assembler.missing_cameras = settings.missing_cameras
+            self._poses.max_gap_ms = settings.odom_max_gap_ms
+            self._ego_motion.max_gap_s = settings.memory_max_gap_s
+            self._ego_motion.max_speed_mps = settings.max_speed_mps
+            self._ego_motion.max_yaw_rate_rps = settings.max_yaw_rate_rps
+            tuned = self._engine.bundle.occupancy_threshold
+            self._engine.occupancy_threshold = (
+                settings.occupancy_threshold if settings.occupancy_threshold >= 0 else tuned
+            )
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop after the set at hand."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        if self._thread.is_alive():
+            self._thread.join(_STOP_TIMEOUT_S)
+
+    def report(self) -> PipelineReport:
+        with self._changed:
+            return PipelineReport(
+                [a + b for a, b in zip(self._assembler.images, self._undecodable, strict=True)],
+                self._assembler.sets + self._sets,
+                self._poses.counters.copy(),
+                self._ego_motion.resets.copy(),
+                self._ego_motion.last_reason,
+                self._calibration_problem,
+                list(self._last_image_s),
+            )
+
+    # The inference thread, top to bottom
+
+    def _run(self) -> None:
+        while (image_set := self._next_set()) is not None:
+            try:
+                self._process(image_set)
+            except Exception as error:
+                if self._is_stopping:
+                    return
+                self._fail(error)
+
+    def _next_set(self) -> ImageSet[_Arrival] | None:
+        """Wait for the newest set of a calibrated rig; None when stopping."""
+        with self._changed:
+            while not self._is_stopping:
+                if self._rig is not None and (image_set := self._assembler.take()) is not None:
+                    return image_set
+                deadline_s = self._assembler.next_deadline_s() if self._rig is not None else None
+                # A set that is due is closed by take(); waiting a little over avoids waking just before it is due.
+                self._changed.wait(None if deadline_s is None else max(deadline_s - time.monotonic(), 0) + 1e-4)
+            return None
+
+    def _process(self, image_set: ImageSet[_Arrival]) -> None:
+        rig = self._rig
+        if rig is None or not self._calibrate(rig):
+            return
+        images, missing, decoded_s = self._decoded(image_set, rig)
+        if missing and self._settings.missing_cameras == DROP:
+            self._count("undecodable")
+            return
+        previous_from_current = self._motion_to(image_set.stamp_ns)
+        started_s = time.monotonic()
+        prediction = self._engine.infer(images, previous_from_current, missing)
+        inferred_s = time.monotonic()
+        arrivals_s = [arrival.arrived_s for arrival in image_set.images if arrival is not None]
+        latency_ms = {
+            "receive": 1e3 * (max(arrivals_s) - min(arrivals_s)),
+            "decode": 1e3 * (decoded_s - max(arrivals_s)),
+            "wait": 1e3 * (started_s - decoded_s),
+            "engine": 1e3 * (inferred_s - started_s),
+        }
+        frame = OccupancyFrame(
+            image_set.stamp_ns,
+            self._settings.base_frame,
+            self._engine.bundle.grid,
+            prediction.labels,
+            prediction.probability,
+            prediction.velocity_mps,
+            latency_ms,
+        )
+        self._outputs.publish(frame)
+        published_s = time.monotonic()
+        latency_ms["publish"] = 1e3 * (published_s - inferred_s)
+        latency_ms["total"] = 1e3 * (published_s - max(arrivals_s))
+        self._outputs.publish_latency(latency_ms)
+        with self._changed:
+            self._sets["processed"] += 1
+            self.latency.add(latency_ms)
+
+    def _calibrate(self, rig: CameraRig) -> bool:
+        """Rebuild the engine's tables if the rig is a new one; False if the engine refuses it."""
+        if rig is self._engine_rig:
+            return not self._calibration_problem
+        self._engine_rig = rig
+        try:
+            self._engine.calibrate(rig)
+            problem = ""
+        except OccflownetError as error:
+            problem = str(error)
+            self._complain("calibration", problem)
+        with self._changed:
+            self._calibration_problem = problem
+        return not problem
+
+    def _decoded(self, image_set: ImageSet[_Arrival], rig: CameraRig) -> tuple[np.ndarray, list[int], float]:
+        """The set's images [N, H, W, 3], the cameras without a usable one, and when the last was decoded."""
+        bundle = self._engine.bundle
+        images = np.zeros((len(rig), bundle.image_height_px, bundle.image_width_px, 3), dtype=np.uint8)
+        missing, finished_s = [], 0.0
+        for camera, arrival in enumerate(image_set.images):
+            if arrival is not None:
+                self._begin_decoding(camera, arrival, rig[camera])
+        for camera, arrival in enumerate(image_set.images):
+            pixels, at_s = arrival.decoded.result() if arrival is not None else (None, 0.0)
+            finished_s = max(finished_s, at_s, arrival.arrived_s if arrival is not None else 0.0)
+            if pixels is None:
+                missing.append(camera)
+            else:
+                images[camera] = pixels
+        return images, missing, finished_s
+
+    def _motion_to(self, stamp_ns: int) -> np.ndarray | None:
+        """``previous_from_current`` at the stamp, after a short wait for odometry that reaches it."""
+        with self._changed:
+            if self._settings.odom_topic:
+                self._changed.wait_for(
+                    lambda: self._is_stopping or (self._poses.newest_ns or 0) >= stamp_ns,
+                    self._settings.odom_wait_ms / 1e3,
+                )
+            return self._ego_motion.step(stamp_ns, self._poses.at(stamp_ns))
+
+    # Decoding threads
+
+    def _begin_decoding(self, camera: int, arrival: _Arrival, calibrated: Camera) -> None:
+        """Decode for this calibration, unless that is under way."""
+        is_same_size = arrival.camera is not None and (
+            (arrival.camera.width_px, arrival.camera.height_px) == (calibrated.width_px, calibrated.height_px)
+        )
+        if is_same_size:
+            return
+        arrival.camera = calibrated
+        arrival.decoded = self._decoders.submit(self._decode, camera, arrival.message, calibrated)
+
+    def _decode(self, camera: int, message: object, calibrated: Camera) -> tuple[np.ndarray | None, float]:
+        """The network's image and when it was ready; no image if the message holds none."""
+        transform = self._engine.bundle.image_transform(calibrated.width_px, calibrated.height_px)
+        try:
+            return conversions.network_image(message, transform), time.monotonic()
+        except (ImageError, cv2.error) as error:
+            with self._changed:
+                self._undecodable[camera]["undecodable"] += 1
+            self._complain(f"image {camera}", f"{self._cameras[camera]}: {error}")
+            return None, time.monotonic()
+
+    # Trouble
+
+    def _count(self, outcome: str) -> None:
+        with self._changed:
+            self._sets[outcome] += 1
+
+    def _fail(self, error: Exception) -> None:
+        """A set could not be processed: say so, forget the memory, go on with the next."""
+        self._count("failed")
+        with self._changed:
+            self._ego_motion.forget("engine", f"memory forgotten after a failure: {error}")
+        where = "" if isinstance(error, OccflownetError) else "\n" + "".join(traceback.format_exception(error))
+        self._complain("engine", f"a set could not be processed: {error}{where}")
+
+
+def anchor_index(cameras: tuple[str, ...], anchor_camera: str) -> int:
+    """Index of the anchor camera; the first where none is named.
+
+    Raises:
+        CalibrationError: the bundle has no such camera.
+    """
+    if not anchor_camera:
+        return 0
+    if anchor_camera not in cameras:
+        raise CalibrationError(
+            f"anchor_camera is '{anchor_camera}', but the bundle's cameras are {', '.join(cameras)}; choose one of them"
+        )
+    return cameras.index(anchor_camera)
