@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from occflownet_core.encoder.backbone import ConvBlock
+from occflownet_core.errors import ConfigError
 from occflownet_core.lift_tables import DepthBins
 
 
@@ -29,11 +30,17 @@ class DepthConfig:
 
 
 class DepthNet(nn.Module):
-    """One 3 x 3 block, then depth logits and context side by side."""
+    """One 3 x 3 block, then depth logits and context side by side.
+
+    Raises:
+        ConfigError: the depth bins are fewer than two.
+    """
 
     def __init__(self, channels: int, config: DepthConfig) -> None:
         super().__init__()
         self.bins = config.bins.count
+        if self.bins < 2:
+            raise ConfigError(f"depth: {config.bins} gives {self.bins} bins; raise max_m or lower step_m")
         self.block = ConvBlock(channels, channels)
         self.head = nn.Conv2d(channels, self.bins + config.context_channels, 1)
 

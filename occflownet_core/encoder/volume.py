@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from occflownet_core.encoder.backbone import ConvBlock
+from occflownet_core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,17 @@ class VolumeEncoder(nn.Module):
         inputs: channels that come in, all heights together.
         outputs: channels that go out, all heights together.
         config: widths and blocks.
+
+    Raises:
+        ConfigError: there are not as many widths as blocks.
     """
 
     def __init__(self, inputs: int, outputs: int, config: VolumeConfig) -> None:
         super().__init__()
+        if not config.widths or len(config.widths) != len(config.blocks):
+            raise ConfigError(
+                f"volume: widths {config.widths} and blocks {config.blocks} differ in number; give one of each per level"
+            )
         self.levels = nn.ModuleList()
         for level, (width, blocks) in enumerate(zip(config.widths, config.blocks, strict=True)):
             first = ConvBlock(inputs, width, kernel=1) if level == 0 else ResidualBlock(inputs, width, stride=2)
