@@ -125,7 +125,7 @@ class Rays:
 
         Raises:
             GeometryError: a direction is not of unit length, an origin is not finite, a range is NaN or not positive,
-                or a ray without return is not labelled FREE.
+                a ray without return is not labelled FREE, or one with return has no class.
         """
         range_m = np.asarray(range_m, dtype=np.float64).reshape(-1)
         count = len(range_m)
@@ -170,4 +170,9 @@ class Rays:
         if wrong.any():
             raise GeometryError(
                 f"rays: a ray without return has label {int(self.label[wrong][0])}; label it {FREE} (free)"
+            )
+        wrong = self.returned & ((self.label < 0) | (self.label >= FREE))
+        if wrong.any():
+            raise GeometryError(
+                f"rays: a ray with return has label {int(self.label[wrong][0])}; something there has a class below {FREE}"
             )
