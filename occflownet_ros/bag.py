@@ -14,8 +14,9 @@ from __future__ import annotations
 import heapq
 import re
 import shutil
+import sqlite3
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,21 +27,15 @@ from rosbags.rosbag2 import Reader
 from rosbags.rosbag2.errors import ReaderError
 
 from occflownet_core.errors import BagError
-from occflownet_ros.bag_scan import (
-    ZSTD_MAGIC,
-    BagMessage,
-    BagTopic,
-    ScannedFile,
-    has_write_ahead_log,
-    lenient_qos,
-    scan,
-    zstd,
-)
+from occflownet_ros.bag_scan import BagMessage, BagTopic, ScannedFile, lenient_qos
+from occflownet_ros.bag_scan_mcap import scan_mcap, zstd
+from occflownet_ros.bag_scan_sqlite import is_cut, scan_sqlite
 
 __all__ = ["Bag", "BagMessage", "BagTopic"]
 
 _SUFFIXES = (".mcap", ".db3")
 _COMPRESSED_SUFFIX = ".zstd"
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 # What rosbags raises on a file that is not as its index says; it does not wrap all of them.
 _UNREADABLE = (
     ReaderError,
@@ -74,6 +69,7 @@ class Bag:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._stack = ExitStack()
+        self._origins: dict[str, str] = {}  # temporary copies, and what they are copies of
         metadata = _metadata(self.path)
         try:
             self._files = [self._open(file) for file in _storage_files(self.path, metadata)]
@@ -101,7 +97,7 @@ class Bag:
     @property
     def damage(self) -> list[str]:
         """One sentence per file that is cut or damaged. Some damage shows only once ``messages`` has met it."""
-        return [file.damage for file in self._files if file.damage]
+        return [self._named_as_given(file.damage) for file in self._files if file.damage]
 
     def messages(
         self, topics: Collection[str] | None = None, start_ns: int = 0, stop_ns: int = _END_OF_TIME_NS
@@ -115,14 +111,26 @@ class Bag:
             yield _uncompressed(message)
 
     def _open(self, file: Path) -> _IndexedFile | ScannedFile:
+        readable = file
         if file.suffix == _COMPRESSED_SUFFIX:
-            file = _decompressed(file, Path(self._stack.enter_context(TemporaryDirectory(prefix="bag_"))))
+            readable = _decompressed(file, self._temporary_folder())
+        elif _has_write_ahead_log(file):
+            readable = _with_write_ahead_log(file, self._temporary_folder())
+        self._origins[str(readable)] = str(file)
         try:
-            opened = _IndexedFile(file) if _may_have_index(file) else scan(file)
-        except _UNREADABLE:
-            opened = scan(file)
+            opened = _open_readable(readable)
+        except BagError as error:
+            raise BagError(self._named_as_given(str(error))) from None
         self._stack.callback(opened.close)
         return opened
+
+    def _named_as_given(self, sentence: str) -> str:
+        for copy, original in self._origins.items():
+            sentence = sentence.replace(copy, original)
+        return sentence
+
+    def _temporary_folder(self) -> Path:
+        return Path(self._stack.enter_context(TemporaryDirectory(prefix="bag_")))
 
 
 class _IndexedFile:
@@ -159,7 +167,7 @@ class _IndexedFile:
                     count += 1
         except _UNREADABLE:
             if self._scanned is None:
-                self._scanned = scan(self.path)
+                self._scanned = _scan(self.path)
                 self.damage = self._scanned.damage
             # Both go by time and then by place in the file, so the scan yields the same messages first.
             yield from islice(self._scanned.messages(topics, start_ns, stop_ns), count, None)
@@ -170,9 +178,26 @@ class _IndexedFile:
             self._scanned.close()
 
 
-def _may_have_index(file: Path) -> bool:
-    # rosbags opens databases as immutable, which hides what waits in the write-ahead log.
-    return file.suffix != ".db3" or not has_write_ahead_log(file)
+def _open_readable(path: Path) -> _IndexedFile | ScannedFile:
+    if path.suffix == ".db3" and is_cut(path):
+        return _scan(path)
+    try:
+        return _IndexedFile(path)
+    except _UNREADABLE:
+        return _scan(path)
+
+
+def _scan(path: Path) -> ScannedFile:
+    """Scan a file that cannot be read through its index.
+
+    Raises:
+        BagError: it is no bag file, or nothing in it can be read.
+    """
+    scanned = scan_mcap(path) if path.suffix == ".mcap" else scan_sqlite(path)
+    if scanned.damage and not scanned.entries:
+        scanned.close()
+        raise BagError(f"{scanned.damage}; record it again, or give another bag")
+    return scanned
 
 
 def _metadata(path: Path) -> dict:
@@ -219,9 +244,27 @@ def _decompressed(file: Path, folder: Path) -> Path:
     return copy
 
 
+def _has_write_ahead_log(file: Path) -> bool:
+    log = file.with_name(file.name + "-wal")
+    return file.suffix == ".db3" and log.is_file() and log.stat().st_size > 0
+
+
+def _with_write_ahead_log(file: Path, folder: Path) -> Path:
+    """A copy that has the rows which a recorder that was killed, or still runs, left beside its database.
+
+    rosbags opens databases as immutable, which hides those rows.
+    """
+    copy = folder / file.name
+    shutil.copy(file, copy)
+    shutil.copy(f"{file}-wal", f"{copy}-wal")
+    with suppress(sqlite3.Error), closing(sqlite3.connect(copy)) as database:
+        database.execute("PRAGMA journal_mode = DELETE")
+    return copy
+
+
 def _uncompressed(message: BagMessage) -> BagMessage:
     # Message-wise compression is noted in metadata.yaml alone, which may be lost; CDR never begins like zstd.
-    if message.data[:4] != ZSTD_MAGIC:
+    if message.data[:4] != _ZSTD_MAGIC:
         return message
     try:
         return message._replace(data=zstd.decompress(message.data))
