@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Levels and sentences of the statuses, throttling, latency statistics, and the calibration that they report on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from builtin_interfaces.msg import Time
+
+from occflownet_core.camera import Camera, CameraRig
+from occflownet_core.errors import CalibrationError
+from occflownet_ros import diagnostics
+from occflownet_ros.calibration_source import CalibrationSource, Intrinsics, cameras_of_file
+from occflownet_ros.diagnostics import ERROR, OK, WARN, CameraReport, Complaints, LatencyWindow
+from occflownet_ros.tf_adapter import TfExtrinsics
+
+GOOD = (1260.0, 0.0, 800.0, 0.0, 1260.0, 450.0, 0.0, 0.0, 1.0)
+
+
+def test_a_sentence_is_said_once_in_ten_seconds_per_subject():
+    said, now = [], [0.0]
+    complain = Complaints(said.append, lambda: now[0])
+    for now[0], subject in ((0, "a"), (1, "a"), (2, "b"), (9.9, "a"), (10, "a"), (30, "a")):
+        complain(subject, f"{subject} is wrong")
+    assert said == ["a is wrong", "b is wrong", "a is wrong (2 more like this since)", "a is wrong"]
+
+
+def test_latency_percentiles():
+    window = LatencyWindow()
+    for ms in range(101):
+        window.add({"engine": float(ms)})
+    assert window.summary() == {"latency engine p50 / p95 [ms]": "50.0 / 95.0"}
+    for _ in range(200):
+        window.add({"engine": 7.0})
+    assert window.summary() == {"latency engine p50 / p95 [ms]": "7.0 / 7.0"}
+
+
+@pytest.mark.parametrize(
+    ("silent_s", "recent", "level", "message"),
+    [
+        (None, {}, ERROR, "no image yet on /C/image_rect"),
+        (2.34, {}, ERROR, "no image for 2.3 s on /C/image_rect"),
+        (0.1, {"received": 12, "used": 12}, OK, "12.0 Hz"),
+        (0.1, {"undecodable": 2, "out_of_order": 1}, WARN, "2 undecodable, 1 out of order in the last second"),
+        (0.1, {"superseded": 9, "unmatched": 1}, OK, "12.0 Hz"),  # a slow engine is no fault of the camera
+    ],
+)
+def test_camera_status(silent_s, recent, level, message):
+    status = diagnostics.camera_status(CameraReport("C", "/C/image_rect", silent_s, 12.0, {"received": 3}, recent))
+    assert (status.name, status.level, status.message) == ("camera C", level, message)
+    assert status.values == {"topic": "/C/image_rect", "received": 3}
+
+
+@pytest.mark.parametrize(
+    ("recent", "level", "message"),
+    [
+        ({"processed": 4}, OK, "4 sets in the last second"),
+        ({}, WARN, "no set in the last second"),
+        ({"processed": 4, "dropped": 1, "undecodable": 2}, WARN, "3 sets dropped in the last second"),
+        ({"processed": 4, "failed": 1}, ERROR, "failed on 1 sets in the last second"),
+    ],
+)
+def test_engine_status(recent, level, message):
+    status = diagnostics.engine_status("tiny on onnxruntime", {"processed": 9}, recent, LatencyWindow())
+    assert (status.level, status.message) == (level, message)
+    assert status.values == {"engine": "tiny on onnxruntime", "sets processed": 9}
+
+
+@pytest.mark.parametrize(
+    ("topic", "counters", "recent", "level", "message"),
+    [
+        ("", {}, {}, OK, "off: odom_topic is empty"),
+        ("/odom", {}, {}, WARN, "no odometry yet on /odom; the network runs without memory"),
+        ("/odom", {"received": 3}, {"first_set": 1}, OK, "following odometry"),
+        ("/odom", {"received": 3}, {"pose_jump": 1}, WARN, "why"),
+    ],
+)
+def test_ego_motion_status(topic, counters, recent, level, message):
+    status = diagnostics.ego_motion_status(topic, counters, {"gap": 2}, recent, "why")
+    assert (status.level, status.message) == (level, message)
+    assert status.values["reset gap"] == 2
+
+
+def test_message():
+    statuses = [diagnostics.calibration_status("", 1), diagnostics.calibration_status("no camera_info yet", 0)]
+    message = diagnostics.diagnostic_array(Time(sec=5), "occflownet", "tiny", statuses)
+    assert message.header.stamp.sec == 5
+    assert [(s.name, s.level, s.message, s.hardware_id) for s in message.status] == [
+        ("occflownet: calibration", OK, "complete", "tiny"),
+        ("occflownet: calibration", ERROR, "no camera_info yet", "tiny"),
+    ]
+    assert [(v.key, v.value) for v in message.status[0].values] == [("tables built", "1")]
+
+
+def camera(name: str, x_m: float = 0.0) -> Camera:
+    pose = np.eye(4)
+    pose[0, 3] = x_m
+    return Camera(name, 1600, 900, np.reshape(GOOD, (3, 3)), pose)
+
+
+def intrinsics(frame: str, matrix: tuple[float, ...] = GOOD) -> Intrinsics:
+    return Intrinsics(frame, 1600, 900, matrix)
+
+
+def source(**changes) -> CalibrationSource:
+    arguments = {
+        "names": ("LEFT", "RIGHT"),
+        "info_topics": ("/l/camera_info", "/r/camera_info"),
+        "base_frame": "base_link",
+        "file_cameras": (camera("l", 1.0), camera("r", 2.0)),
+        "lookup": None,
+        "use_file_intrinsics": False,
+    }
+    return CalibrationSource(**{**arguments, **changes})
+
+
+def test_rig_is_whole_when_all_camera_info_came_and_changes_only_with_it():
+    calibration = source()
+    assert calibration.rig is None
+    assert calibration.problem.startswith("no camera_info yet on /l/camera_info, /r/camera_info; ")
+    assert not calibration.set_intrinsics(0, intrinsics("l_optical"))
+    assert calibration.problem.startswith("no camera_info yet on /r/camera_info; ")
+    assert calibration.set_intrinsics(1, intrinsics("r_optical"))
+    rig = calibration.rig
+    assert rig.names == ("LEFT", "RIGHT") and calibration.problem == ""
+    assert [c.ego_from_camera[0, 3] for c in rig] == [1.0, 2.0]
+    assert not calibration.set_intrinsics(1, intrinsics("r_optical"))
+    assert not calibration.refresh() and calibration.rig is rig
+    assert calibration.set_intrinsics(1, intrinsics("r_optical", (1000.0, *GOOD[1:])))
+    assert calibration.rig[1].intrinsic[0, 0] == 1000 and calibration.changes == 2
+
+
+def test_bad_camera_info_takes_the_rig_away_until_it_is_good_again():
+    calibration = source(use_file_intrinsics=True)
+    assert calibration.rig is not None
+    assert calibration.set_intrinsics(0, intrinsics("l", (0.0, *GOOD[1:])))
+    assert calibration.rig is None
+    assert calibration.problem.startswith("LEFT: focal lengths are fx = 0, fy = 1260 px; both must be positive")
+    assert calibration.set_intrinsics(0, intrinsics("l"))
+    assert calibration.rig is not None and calibration.problem == ""
+
+
+def test_missing_frames_are_named_and_found_later():
+    known = {"l_optical": camera("").ego_from_camera}
+    calibration = source(file_cameras=None, lookup=known.get)
+    calibration.set_intrinsics(0, intrinsics("l_optical"))
+    calibration.set_intrinsics(1, intrinsics("r_optical"))
+    assert calibration.problem.startswith("no transform from base_link to r_optical on /tf_static; ")
+    known["r_optical"] = camera("", 3.0).ego_from_camera
+    assert calibration.refresh()
+    assert calibration.rig[1].ego_from_camera[0, 3] == 3.0
+
+
+def test_cameras_of_a_file_by_namespace_or_by_name():
+    rig = CameraRig((camera("front"), camera("RIGHT", 2.0)))
+    found = cameras_of_file(rig, ("LEFT", "RIGHT"), ("/robot/front", "/robot/side"))
+    assert [c.name for c in found] == ["front", "RIGHT"]
+    with pytest.raises(CalibrationError, match=r"no camera for /robot/rear \(REAR\); it has front, RIGHT"):
+        cameras_of_file(rig, ("REAR",), ("/robot/rear",))
+
+
+def test_without_tf2_ros_the_adapter_says_what_to_do():
+    try:
+        import tf2_ros  # noqa: F401
+    except ImportError:
+        with pytest.raises(CalibrationError, match="is not installed; set the parameter calibration_file"):
+            TfExtrinsics(None, "base_link", lambda: None)
+    else:
+        pytest.skip("tf2_ros is installed here")
