@@ -18,7 +18,15 @@ def shared_tree(folder: str) -> list[tuple[str, list[str]]]:
     return list(by_directory.items())
 
 
-runtime = ["numpy>=1.23", "opencv-python-headless>=4.8", "pyyaml>=6", "pillow>=10.1", "rich>=13", "onnxruntime>=1.20", "rosbags>=0.10"]
+runtime = [
+    "numpy>=1.23",
+    "opencv-python-headless>=4.8",
+    "pyyaml>=6",
+    "pillow>=10.1",
+    "rich>=13",
+    "onnxruntime>=1.20",
+    "rosbags>=0.10",
+]
 ros = [
     "ros-rclpy[fastrtps]",
     "ros-builtin-interfaces",
@@ -43,7 +51,14 @@ train = [
     "embreex>=2.17.7",
     "scipy>=1.10",
 ]
-test = ["pytest>=8", "pytest-timeout>=2", "hypothesis>=6.100", "psutil>=5.9"]
+test = [
+    "pytest>=8",
+    "colcon-common-extensions>=0.3",
+    "setuptools<80",
+    "pytest-timeout>=2",
+    "hypothesis>=6.100",
+    "psutil>=5.9",
+]
 
 setup(
     name=PACKAGE,
