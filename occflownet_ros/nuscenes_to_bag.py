@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -161,41 +162,60 @@ def write_bag(
     storage: str = "mcap",
     compression: str = "none",
     lidar: bool = True,
+    force: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, TopicSummary]:
-    """Write a scene as a rosbag2 folder with ``calibration.yaml`` in it; a failure leaves no folder behind.
+    """Write a scene as a rosbag2 folder with ``calibration.yaml`` in it.
+
+    The folder appears when all of it is written; a failure leaves what was there before.
 
     Args:
         scene: what to write.
-        folder: the bag; must not exist.
+        folder: the bag.
         storage: ``mcap`` or ``sqlite3``.
         compression: ``none`` or ``zstd`` (MCAP: per chunk, sqlite3: per message).
         lidar: whether point clouds are written.
+        force: whether an older bag may be replaced.
         on_progress: called with messages written and in total.
 
     Raises:
         BagError: the folder exists or cannot be written.
         DatasetError: a measurement is missing or cut short.
     """
+    _require_room(folder, force)
     plugin = StoragePlugin[storage.upper()]
-    writer = Writer(folder, version=8, storage_plugin=plugin) if not folder.exists() else None
-    if writer is None:
-        raise BagError(f"{folder} exists already; name another --out, or overwrite it with --force")
-    if compression == "zstd":
-        mode = CompressionMode.STORAGE if plugin is StoragePlugin.MCAP else CompressionMode.MESSAGE
-        writer.set_compression(mode, CompressionFormat.ZSTD)
     rig = scene.rig
     try:
-        with writer:
-            summary = _write_messages(writer, outgoing_messages(scene, lidar), on_progress)
-        save_rig(rig, folder / "calibration.yaml", f"cameras of {scene.name}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=".bag_") as temporary:
+            unfinished = Path(temporary) / folder.name  # rosbag2 names its files after the folder
+            writer = Writer(unfinished, version=8, storage_plugin=plugin)
+            if compression == "zstd":
+                mode = CompressionMode.STORAGE if plugin is StoragePlugin.MCAP else CompressionMode.MESSAGE
+                writer.set_compression(mode, CompressionFormat.ZSTD)
+            with writer:
+                summary = _write_messages(writer, outgoing_messages(scene, lidar), on_progress)
+            save_rig(rig, unfinished / "calibration.yaml", f"cameras of {scene.name}")
+            if folder.exists():
+                shutil.rmtree(folder)
+            unfinished.rename(folder)
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise BagError(f"{folder} cannot be written ({error.strerror}); choose another --out") from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        raise BagError(f"bag {folder} cannot be written: {error}; choose another --out") from None
     return summary
+
+
+def _require_room(folder: Path, force: bool) -> None:
+    """Refuse to write over anything, unless it is a bag and may be replaced."""
+    if not folder.exists():
+        return
+    if not force:
+        raise BagError(f"{folder} exists already; name another --out, or replace it with --force")
+    if not folder.is_dir():
+        raise BagError(f"{folder} is a file, not a bag; --force does not remove it")
+    ours = {"metadata.yaml", "calibration.yaml"}
+    strangers = [f.name for f in folder.iterdir() if f.name not in ours and f.suffix not in (".mcap", ".db3", ".zstd")]
+    if strangers:
+        raise BagError(f"{folder} is not only a bag: it holds {min(strangers)}; --force does not remove it")
 
 
 def _write_messages(
@@ -233,21 +253,6 @@ def _offered_qos(topic: str) -> Qos:
         endless,
         False,
     )
-
-
-def make_room(folder: Path) -> None:
-    """Remove an older bag, and nothing but a bag.
-
-    Raises:
-        BagError: the folder holds something else.
-    """
-    if not folder.exists():
-        return
-    ours = {"metadata.yaml", "calibration.yaml"}
-    strangers = [p.name for p in folder.iterdir() if p.name not in ours and p.suffix not in (".mcap", ".db3", ".zstd")]
-    if strangers:
-        raise BagError(f"{folder} is not only a bag (it holds {sorted(strangers)[0]}); --force does not remove it")
-    shutil.rmtree(folder)
 
 
 def summary_table(summary: dict[str, TopicSummary]) -> Table:
@@ -305,8 +310,6 @@ def convert(arguments: argparse.Namespace, console: Console) -> None:
     )
     for note in scene.notes:
         print(f"nuscenes_to_bag: {note}", file=sys.stderr)
-    if arguments.force:
-        make_room(arguments.out)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} messages"))
     errors = Console(stderr=True, highlight=False)
     with Progress(
@@ -319,6 +322,7 @@ def convert(arguments: argparse.Namespace, console: Console) -> None:
             arguments.storage,
             arguments.compression,
             lidar=not arguments.no_lidar,
+            force=arguments.force,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     console.print(summary_table(summary))

@@ -28,7 +28,7 @@ from occflownet_ros.playback import FlowControl, PlaybackClock, StopFlag, Stoppe
 
 _IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 # Why bag time stands still; the progress bar shows it.
-_START, _USER, _SLOW_CONSUMER = "waiting for subscribers", "paused", "waiting for a slow consumer"
+_START, _USER, _SLOW_CONSUMER, _END = "waiting for subscribers", "paused", "waiting for a slow consumer", "finishing"
 # A message to a reader that has just matched may still be lost on the way of best effort.
 _SETTLE_S = 0.2
 # With at least one listener, and no new one for this long, nobody else is expected.
@@ -146,6 +146,8 @@ class Player:
             self._stop_ns = min(self._stop_ns, self._start_ns + round(options.duration_s * 1e9))
         self._clock = PlaybackClock(options.rate, stop)
         self._clock.hold(_START)
+        if options.start_paused:
+            self._clock.hold(_USER)
         self._clock.set(self._start_ns)
         self._flow = None
         if options.max_in_flight is not None:
@@ -172,7 +174,7 @@ class Player:
     @property
     def state(self) -> str:
         """``playing`` or why not."""
-        return next((reason for reason in (_START, _USER, _SLOW_CONSUMER) if self._clock.held(reason)), "playing")
+        return next((reason for reason in (_START, _USER, _SLOW_CONSUMER, _END) if self._clock.held(reason)), "playing")
 
     @property
     def bag_time_ns(self) -> int:
@@ -191,12 +193,11 @@ class Player:
             if self._flow is not None:
                 self._subscribe_to_answers()
             begin_s = time.monotonic()
-            if self._options.start_paused:
-                self._clock.hold(_USER)
             self._publish_latched_before_start()
             while self._options.loops == 0 or self.report.loops < self._options.loops:
                 self._play_once()
                 self.report.loops += 1
+            self._clock.hold(_END)
             if self._flow is not None:
                 self._flow.drain()
             self._wait_for_delivery()

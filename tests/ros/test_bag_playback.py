@@ -52,8 +52,8 @@ def test_waiting_takes_the_time_it_should():
     clock.set(0)
     begin = time.monotonic()
     late_s = clock.wait_until(200_000_000)
-    assert 0.1 <= time.monotonic() - begin < 0.2
-    assert 0 <= late_s < 0.1
+    assert 0.1 <= time.monotonic() - begin < 0.6
+    assert 0 <= late_s < 0.5
 
 
 def test_a_hold_in_another_thread_delays_a_wait():
@@ -63,7 +63,7 @@ def test_a_hold_in_another_thread_delays_a_wait():
     threading.Timer(0.15, clock.release, ["user"]).start()
     begin = time.monotonic()
     clock.wait_until(50_000_000)
-    assert 0.2 <= time.monotonic() - begin < 0.4
+    assert 0.2 <= time.monotonic() - begin < 1.0
 
 
 def test_stop_ends_every_wait():
@@ -77,7 +77,7 @@ def test_stop_ends_every_wait():
         clock.wait_until(60_000_000_000)
     with pytest.raises(Stopped):
         flow.wait_for_room()
-    assert time.monotonic() - begin < 0.5
+    assert time.monotonic() - begin < 2.0
     assert stop.signal == signal.SIGINT
 
 
@@ -99,7 +99,7 @@ def test_flow_control_gives_up_and_ignores_a_late_answer():
     flow.sent()
     begin = time.monotonic()
     flow.wait_for_room()
-    assert 0.1 <= time.monotonic() - begin < 0.3
+    assert 0.1 <= time.monotonic() - begin < 0.8
     assert flow.unanswered == 2
     flow.answer()  # of one given up: must not make room for three
     flow.sent()
@@ -115,5 +115,5 @@ def test_each_answer_restarts_the_time_out():
         threading.Timer(delay_s, flow.answer).start()
     begin = time.monotonic()
     flow.drain()
-    assert 0.5 <= time.monotonic() - begin < 0.8
+    assert 0.5 <= time.monotonic() - begin < 1.5
     assert (flow.answered, flow.unanswered) == (2, 1)
