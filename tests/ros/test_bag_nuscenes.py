@@ -265,11 +265,13 @@ def test_force_replaces_a_bag_and_nothing_else(tiny_root, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert run(tiny_root, "scene-1", out, "--force", "--no-lidar") == 0
     assert "/LIDAR_TOP" not in by_topic(out)
-    sorted((tiny_root / "samples/CAM_BACK").iterdir())[-1].rename(tmp_path / "away.jpg")
-    before = by_topic(out)
+    image = sorted((tiny_root / "samples/CAM_BACK").iterdir())[-1]
+    whole, before = image.read_bytes(), by_topic(out)
+    cut_in_half(image)
     assert run(tiny_root, "scene-1", out, "--force") == 2  # a failure loses no older bag
     assert by_topic(out) == before
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
+    image.write_bytes(whole)
     capsys.readouterr()
     (out / "thesis.tex").write_text("do not lose me")
     assert run(tiny_root, "scene-1", out, "--force") == 2
