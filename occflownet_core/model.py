@@ -51,6 +51,9 @@ class ModelConfig:
         lift_slots: most cameras that one voxel reads.
         occupancy_threshold: a voxel is occupied where its probability is above.
         backbone, depth, volume, field: the parts.
+
+    Raises:
+        ConfigError: the threshold is no probability.
     """
 
     name: str = "occflownet"
@@ -66,6 +69,10 @@ class ModelConfig:
     volume: VolumeConfig = dataclasses.field(default_factory=VolumeConfig)
     field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.occupancy_threshold <= 1:
+            raise ConfigError(f"occupancy_threshold is {self.occupancy_threshold}; give a probability from 0 to 1")
+
     @classmethod
     def from_dict(cls, values: dict) -> ModelConfig:
         """A configuration of plain values, as YAML gives them.
@@ -78,7 +85,7 @@ class ModelConfig:
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_argument("--model", type=cls)
         try:
-            return parser.instantiate_classes(parser.parse_object({"model": values})).model
+            return parser.instantiate(parser.parse_object({"model": values})).model
         except (jsonargparse.ArgumentError, OccflownetError, TypeError, ValueError) as error:
             raise ConfigError(f"model configuration: {' '.join(str(error).split())}") from None
 
@@ -245,12 +252,12 @@ class DeployedModel(nn.Module):
             labels uint8 [X, Y, Z], probability of being occupied [X, Y, Z], next state [1, C * Z, Y, X].
         """
         tables = LiftTensors(pixel_index[None], depth_index[None], depth_weight[None])
-        output = self.model(images[None], tables, previous_from_current[None], state)
+        # TensorRT has uint8 at a graph's boundary only: cast first on the way in, last on the way out.
+        output = self.model(images.float()[None], tables, previous_from_current[None], state)
         grid = self.model.config.grid
         density, logits = output.field.lattice(grid)
         probability = occupancy_probability(density, grid.voxel_size_m)[0]  # [Z, Y, X]
         label = torch.where(probability > occupancy_threshold, logits.argmax(1)[0].int(), FREE)
-        # The cast to uint8 comes last because TensorRT has that type at a graph's boundary only.
         return label.permute(2, 1, 0).to(torch.uint8), probability.permute(2, 1, 0), output.state
 
 
