@@ -151,13 +151,13 @@ def range_target(rays: Rays, config: RenderConfig) -> Tensor:
     return rays.range_m * rays.axis_cosine
 
 
-def _ask(field: Field, rays: Rays, motion: StaticWorld, t_m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Density [R, S] at distances [R, S], and where it was read: points [R * S, 3], batch [R * S], present [R, S]."""
+def _ask(field: Field, rays: Rays, motion: StaticWorld, t_m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Density [R, S] at distances [R, S], and where it was read: points [R * S, 3], batch [R * S]."""
     points_m = rays.origin_m[:, None] + rays.direction[:, None] * t_m[..., None]  # [R, S, 3]
     time_index, batch_index = (i[:, None].expand_as(t_m).reshape(-1) for i in (rays.time_index, rays.batch_index))
     points_m, present = motion.content(points_m.reshape(-1, 3), time_index, batch_index, field)
     density = field.density(points_m, batch_index) * present  # [R * S]
-    return density.view_as(t_m), points_m, batch_index, present.view_as(t_m)
+    return density.view_as(t_m), points_m, batch_index
 
 
 def render_sampled(
@@ -178,13 +178,13 @@ def render_sampled(
         drawn_m = resampled(edges_m, proposal, config.importance_samples, config.stratified, generator)
         t_m = merged(t_m, drawn_m) if config.keep_proposal_samples or not config.importance_samples else drawn_m
         start_m, length_m = intervals(t_m, near_m, far_m)
-    density, points_m, batch_index, _ = _ask(field, rays, motion, t_m)
+    density, points_m, batch_index = _ask(field, rays, motion, t_m)
     weight = weights(density, length_m)  # [R, S]
     opacity = weight.sum(dim=-1)
-    logits = field.semantics(points_m, batch_index).view(*t_m.shape, -1)  # [R, S, K]
+    logits = field.semantics(points_m, batch_index)  # [R * S, K]
     return RenderedRays(
         with_remainder((weight * t_m).sum(dim=-1), opacity, far_m, config),
-        (weight[:, None] @ logits)[:, 0],
+        (weight[:, None] @ logits.view(*t_m.shape, logits.shape[-1]))[:, 0],
         opacity,
         far_m,
         RenderSamples(
