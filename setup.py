@@ -26,6 +26,9 @@ runtime = [
     "rich>=13",
     "onnxruntime>=1.20",
     "rosbags>=0.10",
+    "apsw>=3.40",
+    "lz4>=4",
+    "backports.zstd>=1; python_version<'3.14'",
 ]
 ros = [
     "ros-rclpy[fastrtps]",
