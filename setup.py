@@ -60,6 +60,7 @@ test = [
     "setuptools<80",
     "pytest-timeout>=2",
     "hypothesis>=6.100",
+    "mcap>=1.1",
     "psutil>=5.9",
 ]
 
