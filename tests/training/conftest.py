@@ -5,8 +5,10 @@ The world is a cloud of labelled points that stands still while the vehicle driv
 own time, with its own ego pose. Nothing hides anything, so each sweep holds every point.
 """
 
+import copy
 import json
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -121,8 +123,9 @@ def _write_scene(root: TinyRoot, scene: str, count: int, rng: np.random.Generato
         gts.mkdir(parents=True)
         labels = np.full((200, 200, 16), 17, np.uint8)
         labels[110:120, 90:95, 2:5] = 4
-        mask = rng.random(labels.shape) < 0.5
-        np.savez_compressed(gts / "labels.npz", semantics=labels, mask_camera=mask * 1, mask_lidar=mask * 1)
+        mask = np.zeros(labels.shape, np.uint8)
+        mask[60:130, 80:150] = 1
+        np.savez_compressed(gts / "labels.npz", semantics=labels, mask_camera=mask, mask_lidar=mask)
     _write_boxes(root, scene, tokens)
 
 
@@ -203,6 +206,7 @@ def tiny_root(tmp_path_factory) -> TinyRoot:
 
 
 @pytest.fixture
-def own_tiny_root(tmp_path) -> TinyRoot:
+def own_tiny_root(tiny_root, tmp_path) -> TinyRoot:
     """A copy to damage."""
-    return make_tiny_root(tmp_path / "root")
+    shutil.copytree(tiny_root.path, tmp_path / "root")
+    return replace(tiny_root, path=tmp_path / "root", tables=copy.deepcopy(tiny_root.tables))

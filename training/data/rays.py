@@ -90,8 +90,7 @@ class LidarRays:
     def frame_rays(self, keyframe: Keyframe) -> FrameRays:
         """See ``RaySource``; points outside every image are dropped."""
         points = load_points(keyframe)
-        raw = load_point_labels(keyframe, self.labels, len(points))
-        label = labels_from_lidarseg(raw)
+        raw, label = load_point_labels(keyframe, self.labels, len(points))
         in_lidar_m = points[:, :3]
         if not self.keep_noise:
             scene = ~np.isin(raw, _NOT_SCENE)
@@ -100,8 +99,8 @@ class LidarRays:
         return _with_holes(lidar_ray, keyframe, points) if self.no_return else lidar_ray
 
 
-def load_point_labels(keyframe: Keyframe, kind: str, points: int) -> np.ndarray:
-    """Raw lidarseg index of every LiDAR point, [N].
+def load_point_labels(keyframe: Keyframe, kind: str, points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Raw lidarseg index [N] and class [N] uint8 of every LiDAR point.
 
     Raises:
         DatasetError: the tables list no such labels, or the file is missing, damaged, or for another number of points.
@@ -128,7 +127,10 @@ def load_point_labels(keyframe: Keyframe, kind: str, points: int) -> np.ndarray:
             f"{kind} labels {path} (split '{keyframe.split}') are for {len(raw)} points, "
             f"the point cloud has {points}; one of the two files was cut short: copy both again"
         )
-    return raw
+    try:
+        return raw, labels_from_lidarseg(raw)
+    except DatasetError as error:
+        raise DatasetError(f"{kind} labels {path} (split '{keyframe.split}'): {error}") from None
 
 
 def lidar_to_camera_rays(keyframe: Keyframe, points_m: np.ndarray, label: np.ndarray) -> FrameRays:
