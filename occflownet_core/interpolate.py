@@ -18,8 +18,8 @@ published code's ``align_corners=True``, which stretches the volume by half a vo
 
 
 def table_from_volume(volume: Tensor) -> Tensor:
-    """Rows [B * Z * Y * X, C] of a volume [B, C, Z, Y, X]; a view where memory is already channels-last."""
-    return volume.movedim(1, -1).reshape(-1, volume.shape[1])
+    """Rows [B * Z * Y * X, C] of a volume [B, C, Z, Y, X], each in one stretch of memory; no copy if they are already."""
+    return volume.movedim(1, -1).reshape(-1, volume.shape[1]).contiguous()
 
 
 def require_volume(volume: Tensor, grid: VoxelGrid, name: str) -> None:

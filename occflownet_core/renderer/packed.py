@@ -25,14 +25,16 @@ class _Integrate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, optical_depth, start_m, length_m, ray, first, last, has_any):
+        dtype = optical_depth.dtype
         total = optical_depth.cumsum(0, dtype=torch.float64)  # over all rays; differences are per ray
-        before = total - optical_depth
-        base = torch.where(has_any, before[first], 0.0)
-        reach = torch.exp(base[ray] - before).to(optical_depth.dtype)  # [M] T_i
-        passed = torch.where(has_any, torch.exp(base - total[last]), 1.0).to(optical_depth.dtype)  # [R]
-        weight = reach * -torch.expm1(-optical_depth)
-        inside = _mean_free_share(optical_depth) - torch.exp(-optical_depth)
-        ended = weight * start_m + reach * length_m * inside
+        base = torch.where(has_any, total[first] - optical_depth[first], 0.0)  # [R]
+        passed = torch.where(has_any, torch.exp(base - total[last]), 1.0).to(dtype)  # [R]
+        before = total.sub_(optical_depth).sub_(base.index_select(0, ray))
+        reach = before.to(dtype).neg_().exp_()  # [M] T_i
+        opaque = torch.expm1(-optical_depth).neg_()  # [M] alpha_i
+        weight = reach * opaque
+        inside = _mean_free_share(optical_depth, opaque).add_(opaque).sub_(1)  # phi - exp(-tau)
+        ended = inside.mul_(length_m).mul_(reach).addcmul_(weight, start_m)
         range_m = passed.new_zeros(len(passed)).index_add_(0, ray, ended)
         ctx.save_for_backward(optical_depth, start_m, length_m, ray, last, has_any, reach, passed)
         return weight, range_m, passed
@@ -40,33 +42,33 @@ class _Integrate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_weight, grad_range, grad_passed):
         optical_depth, start_m, length_m, ray, last, has_any, reach, passed = ctx.saved_tensors
-        through = torch.exp(-optical_depth)
-        share = _mean_free_share(optical_depth)
-        grad_range = grad_range[ray]
-        # What the crossing contributes to the loss, all of it proportional to the chance of reaching it ...
-        local = reach * (
-            grad_weight * -torch.expm1(-optical_depth)
-            + grad_range * (-torch.expm1(-optical_depth) * start_m + length_m * (share - through))
-        )
-        # ... and how that grows with its own optical depth.
-        slope = reach * (
-            grad_weight * through
-            + grad_range * (through * start_m + length_m * (_mean_free_slope(optical_depth, through, share) + through))
-        )
-        total = local.cumsum(0, dtype=torch.float64)
-        behind = torch.where(has_any, total[last], 0.0)[ray] - total  # sum over later crossings of the same ray
-        return (slope - behind - (grad_passed * passed)[ray]).to(optical_depth.dtype), *([None] * 6)
+        opaque = torch.expm1(-optical_depth).neg_()
+        through = 1 - opaque
+        share = _mean_free_share(optical_depth, opaque)
+        by_length = grad_range.index_select(0, ray)
+        by_weight = torch.addcmul(grad_weight, by_length, start_m)
+        by_length.mul_(length_m)
+        # How the crossing's own part of the loss grows with its own optical depth ...
+        slope = _mean_free_slope(optical_depth, through, share).add_(through).mul_(by_length)
+        slope.addcmul_(by_weight, through).mul_(reach)
+        # ... and that part itself, which shrinks, as all later ones do, with the chance of reaching it.
+        own = share.sub_(through).mul_(by_length).addcmul_(by_weight, opaque).mul_(reach)
+        total = own.cumsum(0, dtype=torch.float64)
+        lost = torch.where(has_any, total[last], 0.0) + grad_passed * passed  # [R]
+        behind = total.sub_(lost.index_select(0, ray))  # minus the sum over later crossings of the same ray
+        return slope.add_(behind), *([None] * 6)
 
 
-def _mean_free_share(optical_depth: Tensor) -> Tensor:
+def _mean_free_share(optical_depth: Tensor, opaque: Tensor) -> Tensor:
     """phi = (1 - exp(-tau)) / tau: the share of a stretch that is passed on average before ending; 1 at tau = 0."""
-    series = 1 - optical_depth / 2 + optical_depth * optical_depth / 6
-    return torch.where(optical_depth < _SERIES_BELOW, series, -torch.expm1(-optical_depth) / optical_depth)
+    return torch.where(
+        optical_depth < _SERIES_BELOW, 1 - optical_depth * (0.5 - optical_depth / 6), opaque / optical_depth
+    )
 
 
 def _mean_free_slope(optical_depth: Tensor, through: Tensor, share: Tensor) -> Tensor:
     """d phi / d tau = (exp(-tau) - phi) / tau; -1/2 at tau = 0."""
-    series = -0.5 + optical_depth / 3 - optical_depth * optical_depth / 8
+    series = optical_depth * (1 / 3 - optical_depth / 8) - 0.5
     return torch.where(optical_depth < _SERIES_BELOW, series, (through - share) / optical_depth)
 
 
@@ -82,7 +84,7 @@ def integrate(
     Args:
         optical_depth: [M], differentiable (first order).
         start_m, length_m: [M].
-        ray: [M] ascending, in 0 .. rays - 1.
+        ray: [M] int32, ascending, in 0 .. rays - 1.
 
     Returns:
         weight [M], range_m [R] = sum over stretches of w_i times where the ray ends there, passed [R] = 1 - sum w.
@@ -114,17 +116,14 @@ class _BagLogits(torch.autograd.Function):
         grad_weight = grad_table = None
         if ctx.needs_input_grad[0]:
             # <grad of the ray, logits of the cell> per crossing, without a list of M x K.
+            mode_sum = 0
             grad_weight = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                grad,
-                table,
-                cell,
-                offsets,
-                ray,
-                0,  # 0 = sum
+                grad, table, cell, offsets, ray, mode_sum
             )
         if ctx.needs_input_grad[1]:
             heavy = (weight > ctx.min_weight).nonzero()[:, 0]
-            grad_table = _scatter_rows(grad, weight[heavy], cell[heavy], ray[heavy], len(table))
+            chosen = (column.index_select(0, heavy) for column in (weight, cell, ray))
+            grad_table = _scatter_rows(grad, *chosen, len(table))
         return grad_weight, grad_table, None, None, None, None
 
 
@@ -135,9 +134,10 @@ def _scatter_rows(rows: Tensor, weight: Tensor, target: Tensor, source: Tensor, 
         return out
     target, order = target.sort()
     distinct, each = target.unique_consecutive(return_counts=True)
-    offsets = each.cumsum(0) - each
-    bags = F.embedding_bag(source[order], rows, offsets, mode="sum", per_sample_weights=weight[order])
-    return out.index_copy_(0, distinct, bags)
+    offsets = (each.cumsum(0) - each).to(source.dtype)
+    source, weight = source.index_select(0, order), weight.index_select(0, order)
+    bags = F.embedding_bag(source, rows, offsets, mode="sum", per_sample_weights=weight)
+    return out.index_copy_(0, distinct.long(), bags)
 
 
 def bag_logits(weight: Tensor, table: Tensor, cell: Tensor, ray: Tensor, rays: int, min_weight: float = 0.0) -> Tensor:
@@ -148,9 +148,9 @@ def bag_logits(weight: Tensor, table: Tensor, cell: Tensor, ray: Tensor, rays: i
             transparent voxel must learn from its class too.
         table: [cells, K], differentiable; crossings with weight up to ``min_weight`` are left out of its gradient, which
             is then off by at most (their number) x ``min_weight`` x |grad|.
-        cell, ray: [M]; ray ascending, in 0 .. rays - 1.
+        cell, ray: [M] int32; ray ascending, in 0 .. rays - 1.
     """
     if len(ray) == 0:
         return table.new_zeros(rays, table.shape[1]) + weight.sum() + table[:1].sum() * 0
     count = torch.bincount(ray, minlength=rays)
-    return _BagLogits.apply(weight, table, cell, ray, count.cumsum(0) - count, min_weight)
+    return _BagLogits.apply(weight, table, cell, ray, (count.cumsum(0) - count).to(cell.dtype), min_weight)

@@ -40,8 +40,8 @@ class Crossings:
     """Voxels crossed, packed ray after ray and in order along each.
 
     Attributes:
-        ray: [M] int64, ascending.
-        cell: [M] int64, row in a table [V * Z * Y * X, ...] of V volumes.
+        ray: [M] int32, ascending.
+        cell: [M] int32, row in a table [V * Z * Y * X, ...] of V volumes.
         start_m, length_m: [M], stretch of the ray in that cell; crossings of zero length may occur, they weigh nothing.
     """
 
@@ -88,10 +88,10 @@ def traverse(
         length = (out - state.t).clamp_(min=0.0).to(dtype)
         turns.append((state.piece, state.cell.clone(), state.t.to(dtype), length))
         if density is not None:
-            optical_depth = torch.addcmul(optical_depth, density[state.cell], length)
+            optical_depth = torch.addcmul(optical_depth, density.index_select(0, state.cell), length)
         alive = (state.t_exit - out > _DONE_M) & (optical_depth < deepest)
         step = (state.next_face <= out) & alive  # [3, n]; a corner is passed in one turn
-        state.cell.add_((step * state.stride).sum(dim=0))
+        state.cell.add_((step * state.stride).sum(dim=0, dtype=torch.int32))
         state.next_face = torch.where(step, state.next_face + state.per_cell, state.next_face)
         # Who is done stays where it is with zero length, until it pays to close ranks.
         state.t = out
@@ -115,15 +115,8 @@ class _Walk:
     stride: Tensor
 
     def at(self, which: Tensor) -> _Walk:
-        return _Walk(
-            self.piece[which],
-            self.cell[which],
-            self.t[which],
-            self.t_exit[which],
-            self.next_face[:, which],
-            self.per_cell[:, which],
-            self.stride[:, which],
-        )
+        columns = (self.piece, self.cell, self.t, self.t_exit, self.next_face, self.per_cell, self.stride)
+        return _Walk(*(column.index_select(-1, which) for column in columns))
 
 
 def _enter(pieces: RayPieces, volume_index: Tensor, grid: VoxelGrid) -> _Walk:
@@ -140,8 +133,8 @@ def _enter(pieces: RayPieces, volume_index: Tensor, grid: VoxelGrid) -> _Walk:
     forward = direction > 0
     next_face = torch.where(direction == 0, torch.inf, (cell + forward.to(cell) - origin) / direction)
     x, y, z = grid.shape
-    strides = torch.tensor([1, x, x * y], device=cell.device)
-    row = (cell.long() * strides).sum(dim=-1) + volume_index[piece] * (x * y * z)
+    strides = torch.tensor([1, x, x * y], dtype=torch.int32, device=cell.device)
+    row = ((cell.int() * strides).sum(dim=-1) + volume_index[piece] * (x * y * z)).int()
     stride = torch.where(forward, strides, -strides)
     per_cell = torch.where(direction == 0, torch.inf, 1 / direction.abs())
     return _Walk(piece, row, t, t_exit, next_face.T.contiguous(), per_cell.T.contiguous(), stride.T.contiguous())
@@ -151,7 +144,7 @@ def _packed(turns: list[tuple[Tensor, ...]], pieces: RayPieces, dtype: torch.dty
     """Reorder turn-by-turn lists to ray-by-ray ones: pieces are sorted by ray already, so a counting sort does."""
     device = pieces.ray.device
     if not turns:
-        none, nothing = pieces.ray.new_zeros(0), torch.zeros(0, dtype=dtype, device=device)
+        none, nothing = pieces.ray.new_zeros(0).int(), torch.zeros(0, dtype=dtype, device=device)
         return Crossings(none, none, nothing, nothing)
     count = torch.zeros(len(pieces.ray), dtype=torch.int64, device=device)
     for turn, (piece, *_) in enumerate(turns):
@@ -162,7 +155,7 @@ def _packed(turns: list[tuple[Tensor, ...]], pieces: RayPieces, dtype: torch.dty
     for column in range(1, 4):
         values = torch.cat([turn[column] for turn in turns])
         columns.append(torch.empty_like(values).index_copy_(0, place, values))
-    return Crossings(pieces.ray.repeat_interleave(count), *columns)
+    return Crossings(pieces.ray.int().repeat_interleave(count), *columns)
 
 
 def render_traversal(
@@ -182,6 +175,7 @@ def render_traversal(
     """
     require_volume(density, grid, "density")
     require_volume(logits, grid, "logits")
+    density, logits = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (density, logits))
     asked = motion.asks_points(rays)
     if asked.any():
         parts = [asked.nonzero()[:, 0], (~asked).nonzero()[:, 0]]
@@ -202,7 +196,7 @@ def _render_pieces(
     pieces = motion.pieces(rays)
     flat = volumes.reshape(-1)
     crossings = traverse(pieces, volume_index[pieces.ray], grid, density.dtype, flat.detach(), config.min_transmittance)
-    optical_depth = flat[crossings.cell] * crossings.length_m
+    optical_depth = flat.index_select(0, crossings.cell) * crossings.length_m
     cell = crossings.cell % density.numel() if len(volumes) > len(density) else crossings.cell
     return _rendered(crossings, optical_depth, cell, None, logits, rays, grid, config)
 
@@ -253,7 +247,7 @@ def _rendered(
     if share is not None:
         row_weight, row_ray = (weight[:, None] * share).reshape(-1), row_ray.repeat_interleave(share.shape[1])
     table = table_from_volume(logits)
-    rendered = bag_logits(row_weight, table, row.reshape(-1), row_ray, len(rays), config.min_weight)
+    rendered = bag_logits(row_weight, table, row.reshape(-1).int(), row_ray, len(rays), config.min_weight)
     opacity, far_m = 1 - passed, grid_segment(rays, grid)[1]
     return RenderedRays(
         with_remainder(range_m, opacity, far_m, config),

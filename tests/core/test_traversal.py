@@ -202,7 +202,7 @@ def test_values_and_gradients_approach_the_tiny_step_twin():
 
 def test_gradcheck_of_the_integral_and_the_bags():
     generator = torch.Generator().manual_seed(0)
-    ray = torch.tensor([0, 0, 0, 2, 2, 3])
+    ray = torch.tensor([0, 0, 0, 2, 2, 3], dtype=torch.int32)
     start = torch.tensor([0.0, 0.5, 1.5, 1.0, 1.2, 0.0]).double()
     length = torch.tensor([0.5, 1.0, 0.2, 0.2, 0.0, 2.0]).double()
     # Thin enough for the series, thick, zero, and very thick.
@@ -210,14 +210,14 @@ def test_gradcheck_of_the_integral_and_the_bags():
     assert torch.autograd.gradcheck(lambda d: integrate(d, start, length, ray, 4), (depth,))
     table = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(6, generator=generator, dtype=torch.float64, requires_grad=True)
-    cell = torch.tensor([0, 1, 1, 4, 0, 3])
+    cell = torch.tensor([0, 1, 1, 4, 0, 3], dtype=torch.int32)
     assert torch.autograd.gradcheck(lambda w, t: bag_logits(w, t, cell, ray, 4), (weight, table))
 
 
 def test_integral_around_the_series_threshold_is_smooth():
     one, zero = torch.ones(1).double(), torch.zeros(1, dtype=torch.long)
     below, above = (
-        integrate(one * tau, one * 0, one, zero, 1)[1].item() / tau for tau in (1e-3 * (1 - 1e-9), 1e-3 * (1 + 1e-9))
+        integrate(one * tau, one * 0, one, zero.int(), 1)[1].item() / tau for tau in (1e-3 * (1 - 1e-9), 1e-3 * (1 + 1e-9))
     )
     assert below == pytest.approx(above, abs=1e-7) and below == pytest.approx(0.5, abs=1e-3)
 
