@@ -186,7 +186,8 @@ class OccFlowNet(nn.Module):
         """
         volume, depth_logits = self.observe(images, tables)
         memory = warp_planar(state, previous_from_current, self.grid)
-        features = self.volume_encoder(torch.cat([volume, memory], dim=1))
+        # In mixed precision the field stays float32: a ray sums many small densities.
+        features = self.volume_encoder(torch.cat([volume, memory], dim=1)).float()
         x, y, z = self.grid.shape
         field = OccupancyField(features.reshape(len(features), -1, z, y, x), self.grid, self.decoder)
         return ModelOutput(field, depth_logits, volume)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -23,17 +24,19 @@ def warp_planar(state: torch.Tensor, previous_from_current: torch.Tensor, grid: 
     Returns:
         [B, C, Y, X].
     """
-    centres, lower, upper = _plane(grid, state)
-    rotation = previous_from_current[:, None, None, :2, :2].to(state.dtype)  # [B, 1, 1, 2, 2]
-    translation = previous_from_current[:, None, None, :2, 3].to(state.dtype)  # [B, 1, 1, 2]
-    there_m = (rotation * centres[:, :, None, :]).sum(-1) + translation  # [B, Y, X, 2]
+    # Half precision would misplace cells at the far end of the volume.
+    dtype = torch.promote_types(state.dtype, torch.float32)
+    centres_m, lower_m, upper_m = (t.to(state.device, dtype) for t in _plane(grid))
+    motion = previous_from_current[:, None, None].to(dtype)  # [B, 1, 1, 4, 4]
+    there_m = (motion[..., :2, :2] * centres_m[:, :, None, :]).sum(-1) + motion[..., :2, 3]  # [B, Y, X, 2]
     # GridSample counts from -1 at the box's lower edge to 1 at its upper one.
-    normalised = (there_m - lower) * (2 / (upper - lower)) - 1
-    return F.grid_sample(state, normalised, mode="bilinear", padding_mode="zeros", align_corners=False)
+    normalised = (there_m - lower_m) * (2 / (upper_m - lower_m)) - 1
+    warped = F.grid_sample(state.to(dtype), normalised, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return warped.to(state.dtype)
 
 
-def _plane(grid: VoxelGrid, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _plane(grid: VoxelGrid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cell centres [Y, X, 2] (x, y in metres), and the box's lower and upper corner [2]."""
-    centres = torch.from_numpy(grid.centres()[:, :, 0, :2]).transpose(0, 1)
-    corners = torch.tensor([grid.lower_m[:2], grid.upper_m[:2]])
-    return centres.to(like), corners[0].to(like), corners[1].to(like)
+    # float32 from the start: a graph must hold no float64, which TensorRT lacks.
+    centres_m = grid.centres()[:, :, 0, :2].transpose(1, 0, 2).astype(np.float32, order="C")
+    return torch.from_numpy(centres_m), torch.tensor(grid.lower_m[:2]), torch.tensor(grid.upper_m[:2])

@@ -141,6 +141,20 @@ def test_it_learns_a_scene_by_heart():
 
 
 @torch.no_grad()
+def test_mixed_precision_is_close(model):
+    calibration = LiftTensors.from_tables([tables(model)])
+    arguments = images(1, 6), calibration, torch.eye(4)[None], torch.rand(1, 10, 12, 16)
+    points, batch_index = torch.rand(50, 3) * 4 - 2, torch.zeros(50, dtype=torch.long)
+    exact = model(*arguments).field
+    expected = exact.lattice()[0], exact.density(points, batch_index)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(*arguments).field
+        found = mixed.lattice()[0].float(), mixed.density(points, batch_index).float()
+    assert mixed.features.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.05)
+
+
+@torch.no_grad()
 def test_the_deployed_form_gives_labels_of_the_lattice(model):
     table = tables(model)
     arrays = [torch.from_numpy(t) for t in (table.pixel_index, table.depth_index, table.depth_weight)]

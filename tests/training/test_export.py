@@ -119,6 +119,7 @@ def test_the_graph_keeps_to_native_operators(bundle):
     assert {node.domain for node in graph.graph.node} == {""}
     assert {entry.version for entry in graph.opset_import if entry.domain == ""} == {18}
     assert len(graph.functions) == 0
+    assert TensorProto.DOUBLE not in {tensor.data_type for tensor in graph.graph.initializer}
     rank = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.graph.input, *graph.graph.value_info)}
     for node in graph.graph.node:
         if node.op_type in ("GridSample", "Resize"):
