@@ -345,7 +345,7 @@ class OccflownetNode(LifecycleNode):
 
 
 def warm_up(engine: Engine) -> None:
-    """Run the engine once on black images of a made-up rig, so that the first real set is not the slow one."""
+    """Run the engine on black images of a made-up rig, so that the first real set is not the slow one."""
     bundle = engine.bundle
     width_px, height_px = bundle.image_width_px, bundle.image_height_px
     intrinsic = np.array([[width_px / 2, 0, width_px / 2], [0, width_px / 2, height_px / 2], [0, 0, 1]])
@@ -356,7 +356,9 @@ def warm_up(engine: Engine) -> None:
         turned = poses.pose(np.zeros(3), np.array([np.cos(half_rad), 0, 0, np.sin(half_rad)]))
         cameras.append(Camera(name, width_px, height_px, intrinsic, turned @ forward))
     engine.calibrate(CameraRig(tuple(cameras)))
-    engine.infer(np.zeros((len(cameras), height_px, width_px, 3), dtype=np.uint8), None)
+    images = np.zeros((len(cameras), height_px, width_px, 3), dtype=np.uint8)
+    for _ in range(2):  # ONNX Runtime plans its memory after the first run
+        engine.infer(images, None)
     engine.reset()
 
 
@@ -370,6 +372,10 @@ def main(args: list[str] | None = None) -> None:
         executor.spin()
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
+    except Exception:
+        # A callback that was publishing when the signal came fails too; that is no fault to report.
+        if rclpy.ok():
+            raise
     finally:
         node.release()
         executor.shutdown()

@@ -178,29 +178,43 @@ class Pipeline:
     # The inference thread, top to bottom
 
     def _run(self) -> None:
-        while (image_set := self._next_set()) is not None:
+        while not self._is_stopping:
             try:
-                self._process(image_set)
+                if (image_set := self._next_set()) is not None:
+                    self._process(image_set)
             except Exception as error:
-                if self._is_stopping:
+                if self._is_stopping or not self._outputs.is_alive:
                     return
                 self._fail(error)
 
     def _next_set(self) -> ImageSet[_Arrival] | None:
-        """Wait for the newest set of a calibrated rig; None when stopping."""
+        """Wait for the newest set; None when stopping, or after a new rig's tables were built instead."""
         with self._changed:
-            while not self._is_stopping:
-                if self._rig is not None and (image_set := self._assembler.take()) is not None:
+            while not self._is_stopping and (self._rig is None or self._rig is self._engine_rig):
+                is_ready = self._rig is not None and not self._calibration_problem
+                if is_ready and (image_set := self._assembler.take()) is not None:
                     return image_set
-                deadline_s = self._assembler.next_deadline_s() if self._rig is not None else None
+                deadline_s = self._assembler.next_deadline_s() if is_ready else None
                 # A set that is due is closed by take(); waiting a little over avoids waking just before it is due.
                 self._changed.wait(None if deadline_s is None else max(deadline_s - time.monotonic(), 0) + 1e-4)
-            return None
+            rig = self._rig
+        if not self._is_stopping:
+            self._calibrate(rig)
+        return None
+
+    def _calibrate(self, rig: CameraRig) -> None:
+        """Rebuild the engine's tables; a rig that it refuses stops the output until there is another."""
+        problem = ""
+        try:
+            self._engine.calibrate(rig)
+        except OccflownetError as error:
+            problem = str(error)
+            self._complain("calibration", problem)
+        with self._changed:
+            self._engine_rig, self._calibration_problem = rig, problem
 
     def _process(self, image_set: ImageSet[_Arrival]) -> None:
-        rig = self._rig
-        if rig is None or not self._calibrate(rig):
-            return
+        rig = self._engine_rig
         images, missing, decoded_s = self._decoded(image_set, rig)
         if missing and self._settings.missing_cameras == DROP:
             self._count("undecodable")
@@ -233,21 +247,6 @@ class Pipeline:
         with self._changed:
             self._sets["processed"] += 1
             self.latency.add(latency_ms)
-
-    def _calibrate(self, rig: CameraRig) -> bool:
-        """Rebuild the engine's tables if the rig is a new one; False if the engine refuses it."""
-        if rig is self._engine_rig:
-            return not self._calibration_problem
-        self._engine_rig = rig
-        try:
-            self._engine.calibrate(rig)
-            problem = ""
-        except OccflownetError as error:
-            problem = str(error)
-            self._complain("calibration", problem)
-        with self._changed:
-            self._calibration_problem = problem
-        return not problem
 
     def _decoded(self, image_set: ImageSet[_Arrival], rig: CameraRig) -> tuple[np.ndarray, list[int], float]:
         """The set's images [N, H, W, 3], the cameras without a usable one, and when the last was decoded."""

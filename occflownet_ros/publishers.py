@@ -77,6 +77,11 @@ class Outputs:
             stage: node.create_lifecycle_publisher(Float64, f"~/latency/{stage}", _QUEUE) for stage in STAGES
         }
 
+    @property
+    def is_alive(self) -> bool:
+        """False once the process was told to end: nothing can be published any more."""
+        return self._node.context.ok()
+
     def publish(self, frame: OccupancyFrame) -> None:
         """Publish a frame on every output that has subscribers and is due."""
         now_s = time.monotonic()

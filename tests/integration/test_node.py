@@ -206,7 +206,12 @@ def test_cycles_do_not_pile_up(running, vehicle):
     change_state(vehicle.node, "occflownet", ACTIVATE, 5)
 
 
-def test_interrupt_ends_it_cleanly(running):
+def test_interrupt_ends_it_cleanly_in_the_middle_of_work(running, vehicle):
+    vehicle.listen(UInt8MultiArray, "/occflownet/labels", [])
+    assert vehicle.wait(vehicle.is_heard, 5)
+    for k in range(9, 12):
+        vehicle.send_calibration(START_NS + k * SWEEP_NS)
+        vehicle.send_images(START_NS + k * SWEEP_NS, JPEG)
     assert running.interrupt() < 2
     assert running.process.returncode == 0
     assert "Traceback" not in running.log

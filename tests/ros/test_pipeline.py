@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline's threads around an engine that writes down what it is given: waiting, failing, masking, recalibrating."""
+
+from __future__ import annotations
+
+import array
+import time
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from sensor_msgs.msg import CompressedImage
+
+from occflownet_core.camera import Camera, CameraRig
+from occflownet_core.errors import CalibrationError, EngineError
+from occflownet_core.grid import VoxelGrid
+from occflownet_core.labels import FREE
+from occflownet_core.lift_tables import DepthBins, LiftSpec
+from occflownet_core.runtime.bundle import Bundle
+from occflownet_core.runtime.engine import Engine, Prediction
+from occflownet_ros.parameters import Settings
+from occflownet_ros.pipeline import Pipeline, anchor_index
+from occflownet_ros.publishers import STAGES
+
+MS = 1_000_000
+GRID = VoxelGrid((0, 0, 0), (4, 4, 4), 1.0)
+WIDTH_PX, HEIGHT_PX = 64, 32
+
+
+def bundle(folder) -> Bundle:
+    lift = LiftSpec(GRID, DepthBins(1.0, 5.0, 1.0), feature_height=2, feature_width=4)
+    return Bundle(folder, "written-down", ("LEFT", "RIGHT"), WIDTH_PX, HEIGHT_PX, GRID, lift, occupancy_threshold=0.4)
+
+
+class WritingEngine(Engine):
+    """Writes down its calls; fails where it is told to."""
+
+    name = "writing"
+
+    def __init__(self, described: Bundle) -> None:
+        super().__init__(described)
+        self.calls: list[tuple[np.ndarray, np.ndarray | None, tuple[int, ...]]] = []
+        self.rigs: list[CameraRig] = []
+        self.fail_with: Exception | None = None
+        self.seconds = 0.0
+
+    def calibrate(self, rig):
+        self.rigs.append(rig)
+        if rig[0].intrinsic[0, 0] == 666:
+            raise CalibrationError("LEFT looks the wrong way")
+
+    def infer(self, images, previous_from_current, missing_cameras=()):
+        self.calls.append((images, previous_from_current, tuple(missing_cameras)))
+        time.sleep(self.seconds)
+        if self.fail_with is not None:
+            failure, self.fail_with = self.fail_with, None
+            raise failure
+        return Prediction(np.full(GRID.shape, FREE, dtype=np.uint8))
+
+    def reset(self):
+        pass
+
+    def _load_tables(self, tables):
+        raise NotImplementedError
+
+    def _forward(self, images, previous_from_current):
+        raise NotImplementedError
+
+
+class WritingOutputs:
+    is_alive = True
+
+    def __init__(self) -> None:
+        self.frames, self.latencies = [], []
+
+    def publish(self, frame) -> None:
+        self.frames.append(frame)
+
+    def publish_latency(self, latency_ms) -> None:
+        self.latencies.append(dict(latency_ms))
+
+
+def rig(fx_px: float = 50.0, width_px: int = WIDTH_PX) -> CameraRig:
+    intrinsic = np.array([[fx_px, 0, 32], [0, 50.0, 16], [0, 0, 1]])
+    return CameraRig(tuple(Camera(name, width_px, HEIGHT_PX, intrinsic, np.eye(4)) for name in ("LEFT", "RIGHT")))
+
+
+def message(grey: int, width_px: int = WIDTH_PX) -> CompressedImage:
+    data = cv2.imencode(".png", np.full((HEIGHT_PX, width_px, 3), grey, dtype=np.uint8))[1]
+    return CompressedImage(format="png", data=array.array("B", data.tobytes()))
+
+
+class Bench:
+    def __init__(self, folder, **settings) -> None:
+        self.said = []
+        self.engine, self.outputs = WritingEngine(bundle(folder)), WritingOutputs()
+        self.settings = Settings(**{"odom_wait_ms": 0.0, **settings})
+        self.pipeline = Pipeline(self.engine, self.settings, 0, self.outputs, self.complain)
+        self.pipeline.start()
+
+    def complain(self, subject: str, sentence: str) -> None:
+        self.said.append((subject, sentence))
+
+    def sweep(self, stamp_ms: int, *images: CompressedImage) -> None:
+        for camera, image in enumerate(images or (message(10), message(20))):
+            self.pipeline.add_image(camera, stamp_ms * MS, image)
+
+    def until(self, condition, timeout_s: float = 5.0) -> None:
+        until_s = time.monotonic() + timeout_s
+        while not condition() and time.monotonic() < until_s:
+            time.sleep(0.002)
+        assert condition()
+
+
+@pytest.fixture
+def make(tmp_path):
+    made = []
+
+    def build(**settings) -> Bench:
+        made.append(Bench(tmp_path, **settings))
+        return made[-1]
+
+    yield build
+    for each in made:
+        each.pipeline.stop()
+
+
+def test_images_reach_the_engine_in_their_camera_s_place_and_stages_add_up(make):
+    it = make()
+    it.pipeline.set_rig(rig())
+    it.sweep(100)
+    it.until(lambda: it.outputs.latencies)
+    images, previous_from_current, missing = it.engine.calls[0]
+    assert images.shape == (2, HEIGHT_PX, WIDTH_PX, 3) and images.dtype == np.uint8
+    assert (images[0] == 10).all() and (images[1] == 20).all()
+    assert previous_from_current is None and missing == ()
+    frame, latency_ms = it.outputs.frames[0], it.outputs.latencies[0]
+    assert (frame.stamp_ns, frame.frame_id, frame.grid) == (100 * MS, "base_link", GRID)
+    assert set(latency_ms) == set(STAGES) and min(latency_ms.values()) >= 0
+    parts = sum(latency_ms[stage] for stage in ("decode", "wait", "engine", "publish"))
+    assert parts == pytest.approx(latency_ms["total"], abs=1e-6)
+
+
+def test_sets_wait_for_calibration_and_the_newest_is_not_lost(make):
+    it = make()
+    it.sweep(100)
+    it.sweep(200)
+    time.sleep(0.05)
+    assert it.engine.calls == []
+    it.pipeline.set_rig(rig())
+    it.until(lambda: it.outputs.frames)
+    assert [f.stamp_ns for f in it.outputs.frames] == [200 * MS]
+    assert it.pipeline.report().images[0]["superseded"] == 1
+
+
+def test_tables_are_built_when_and_only_when_the_rig_changes(make):
+    it = make()
+    first, second = rig(), rig(60.0)
+    it.pipeline.set_rig(first)
+    it.until(lambda: it.engine.rigs == [first])  # before any image
+    for k in (1, 2):
+        it.sweep(100 * k)
+        it.until(lambda k=k: len(it.outputs.frames) == k)
+    assert it.engine.rigs == [first]
+    it.pipeline.set_rig(second)
+    it.sweep(300)
+    it.until(lambda: len(it.outputs.frames) == 3)
+    assert it.engine.rigs == [first, second]
+
+
+def test_a_rig_that_the_engine_refuses_stops_output_until_another_comes(make):
+    it = make()
+    it.pipeline.set_rig(rig(666.0))
+    it.sweep(100)
+    it.until(lambda: it.pipeline.report().calibration_problem == "LEFT looks the wrong way")
+    assert it.engine.calls == [] and ("calibration", "LEFT looks the wrong way") in it.said
+    it.pipeline.set_rig(rig())
+    it.until(lambda: it.outputs.frames)
+    assert it.pipeline.report().calibration_problem == ""
+
+
+def test_images_that_were_decoded_for_another_size_are_decoded_again(make):
+    it = make()
+    it.pipeline.set_rig(rig(width_px=128))
+    it.pipeline.add_image(0, 100 * MS, message(10))  # refused for the announced 128 px
+    it.until(lambda: it.pipeline.report().images[0]["undecodable"] == 1)
+    it.pipeline.set_rig(rig())
+    it.until(lambda: len(it.engine.rigs) == 2)
+    it.pipeline.add_image(1, 100 * MS, message(20))
+    it.until(lambda: it.outputs.frames)
+    assert (it.engine.calls[0][0][0] == 10).all()
+
+
+@pytest.mark.parametrize("policy", ["drop", "mask"])
+def test_undecodable_images_follow_the_policy_for_missing_cameras(make, policy):
+    it = make(missing_cameras=policy)
+    it.pipeline.set_rig(rig())
+    it.sweep(100, message(10), CompressedImage(format="jpeg", data=array.array("B", b"garbage")))
+    it.until(lambda: it.pipeline.report().images[1]["undecodable"] == 1)
+    if policy == "mask":
+        it.until(lambda: it.outputs.frames)
+        images, _, missing = it.engine.calls[0]
+        assert missing == (1,) and not images[1].any()
+    else:
+        it.until(lambda: it.pipeline.report().sets["undecodable"] == 1)
+        assert it.engine.calls == []
+    assert it.said[0][0] == "image 1" and it.said[0][1].startswith("RIGHT: 7 bytes do not decode")
+
+
+def test_a_masked_set_comes_at_the_deadline(make):
+    it = make(missing_cameras="mask", deadline_ms=30.0)
+    it.pipeline.set_rig(rig())
+    it.pipeline.add_image(0, 100 * MS, message(10))
+    it.until(lambda: it.outputs.frames)
+    assert it.engine.calls[0][2] == (1,)
+
+
+@pytest.mark.parametrize(("failure", "traced"), [(EngineError("out of memory"), False), (RuntimeError("bug"), True)])
+def test_an_engine_failure_is_said_and_the_next_set_starts_without_memory(make, failure, traced):
+    it = make()
+    it.pipeline.set_rig(rig())
+    for k in range(4):
+        it.pipeline.add_pose((100 + 100 * k) * MS, np.array([k, 0, 0]), np.array([1.0, 0, 0, 0]))
+    it.sweep(100)
+    it.until(lambda: len(it.outputs.frames) == 1)
+    it.engine.fail_with = failure
+    it.sweep(200)
+    it.until(lambda: it.pipeline.report().sets["failed"] == 1)
+    for stamp_ms, frames in ((300, 2), (400, 3)):
+        it.sweep(stamp_ms)
+        it.until(lambda frames=frames: len(it.outputs.frames) == frames)
+    motions = [motion for _, motion, _ in it.engine.calls]
+    assert [m is None for m in motions] == [True, False, True, False]
+    assert motions[1][:3, 3].tolist() == [1, 0, 0]
+    subject, sentence = it.said[0]
+    assert subject == "engine" and str(failure) in sentence and ("Traceback" in sentence) == traced
+    assert it.pipeline.report().resets == {"first_set": 2, "engine": 1}
+
+
+def test_a_set_waits_a_little_for_odometry(make):
+    it = make(odom_wait_ms=1000.0)
+    it.pipeline.set_rig(rig())
+    it.pipeline.add_pose(90 * MS, np.zeros(3), np.array([1.0, 0, 0, 0]))
+    it.sweep(100)
+    time.sleep(0.05)
+    assert it.engine.calls == []
+    it.pipeline.add_pose(110 * MS, np.ones(3), np.array([1.0, 0, 0, 0]))
+    it.until(lambda: it.outputs.frames, 0.5)
+    assert it.outputs.latencies[0]["wait"] > 40
+
+
+def test_thresholds_and_policies_change_while_running(make):
+    it = make()
+    assert it.engine.occupancy_threshold == 0.4  # the bundle's
+    it.pipeline.apply(replace(it.settings, occupancy_threshold=0.7, missing_cameras="mask", deadline_ms=10.0))
+    assert it.engine.occupancy_threshold == 0.7
+    it.pipeline.set_rig(rig())
+    it.pipeline.add_image(0, 100 * MS, message(10))
+    it.until(lambda: it.outputs.frames)
+    it.pipeline.apply(it.settings)
+    assert it.engine.occupancy_threshold == 0.4
+
+
+def test_newest_set_wins_while_the_engine_is_busy_and_stopping_waits_for_the_set_at_hand(make):
+    it = make()
+    it.engine.seconds = 0.1
+    it.pipeline.set_rig(rig())
+    it.sweep(100)
+    it.until(lambda: it.engine.calls)
+    for stamp_ms in (200, 300, 400):
+        it.sweep(stamp_ms)
+    it.until(lambda: len(it.engine.calls) == 2)
+    it.pipeline.stop()
+    assert [f.stamp_ns for f in it.outputs.frames] == [100 * MS, 400 * MS]
+    assert it.pipeline.report().sets["superseded"] == 2
+
+
+def test_anchor_by_name():
+    assert anchor_index(("A", "B"), "") == 0
+    assert anchor_index(("A", "B"), "B") == 1
+    with pytest.raises(CalibrationError, match="anchor_camera is 'C', but the bundle's cameras are A, B"):
+        anchor_index(("A", "B"), "C")
