@@ -111,7 +111,8 @@ class OccflownetNode(LifecycleNode):
         self._outputs.restart()
         self._calibration = self._make_calibration()
         anchor = anchor_index(self._bundle.cameras, self._settings.anchor_camera)
-        self._pipeline = Pipeline(self._engine, self._settings, anchor, self._outputs, self._complain)
+        clock_s = self._bag_time_s if self.get_parameter("use_sim_time").value else time.monotonic
+        self._pipeline = Pipeline(self._engine, self._settings, anchor, self._outputs, self._complain, clock_s)
         self._pipeline.set_rig(self._calibration.rig)
         self._pipeline.start()
         self._subscribe()
@@ -236,6 +237,9 @@ class OccflownetNode(LifecycleNode):
             self._tf,
             self._settings.intrinsics_source == "calibration_file",
         )
+
+    def _bag_time_s(self) -> float:
+        return self.get_clock().now().nanoseconds / 1e9
 
     def _stop(self) -> None:
         """Undo activation; harmless when not active."""

@@ -68,7 +68,7 @@ class Settings:
     )
     deadline_ms: float = _parameter(
         100.0,
-        "How long a set waits for its images after the anchor's arrival.",
+        "How long a set waits for its images after the anchor's arrival (in bag time under use_sim_time).",
         unit="ms",
         low=1.0,
         high=60000.0,

@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ from occflownet_ros.parameters import Settings
 from occflownet_ros.publishers import Outputs
 
 _STOP_TIMEOUT_S = 10.0
+_SHORTEST_WAIT_S = 1e-3
 
 
 @dataclass
@@ -76,9 +78,18 @@ class Pipeline:
         anchor: index of the anchor camera.
         outputs: where frames go.
         complain: takes (subject, sentence) about trouble.
+        clock_s: what ``deadline_ms`` is counted on; bag time, where a bag gives the time.
     """
 
-    def __init__(self, engine: Engine, settings: Settings, anchor: int, outputs: Outputs, complain: Complaints) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        anchor: int,
+        outputs: Outputs,
+        complain: Complaints,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.latency = LatencyWindow()
         self._engine = engine
         self._outputs = outputs
@@ -90,8 +101,9 @@ class Pipeline:
             settings.max_camera_time_diff_ms,
             settings.deadline_ms,
             settings.missing_cameras,
-            time.monotonic,
+            clock_s,
         )
+        self._clock_s = clock_s
         self._poses = PoseBuffer(settings.odom_max_gap_ms)
         self._ego_motion = EgoMotion(settings.memory_max_gap_s, settings.max_speed_mps, settings.max_yaw_rate_rps)
         self._rig: CameraRig | None = None
@@ -195,8 +207,8 @@ class Pipeline:
                 if is_ready and (image_set := self._assembler.take()) is not None:
                     return image_set
                 deadline_s = self._assembler.next_deadline_s() if is_ready else None
-                # A set that is due is closed by take(); waiting a little over avoids waking just before it is due.
-                self._changed.wait(None if deadline_s is None else max(deadline_s - time.monotonic(), 0) + 1e-4)
+                # A set that is due is closed by take(). Bag time may be slower than the wait, or stand still.
+                self._changed.wait(None if deadline_s is None else max(deadline_s - self._clock_s(), _SHORTEST_WAIT_S))
             rig = self._rig
         if not self._is_stopping:
             self._calibrate(rig)

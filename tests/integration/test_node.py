@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import array
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import psutil
 import pytest
 from diagnostic_msgs.msg import DiagnosticStatus
 from nav_msgs.msg import OccupancyGrid
 from rcl_interfaces.srv import SetParameters
 from rclpy.parameter import Parameter
-from sensor_msgs.msg import PointCloud2
+from ros_processes import CAMERAS, ROOT, NodeProcess, Vehicle, jpeg, ring_rig
+from sensor_msgs.msg import Image, PointCloud2
 from std_msgs.msg import Float64, UInt8MultiArray
 from visualization_msgs.msg import MarkerArray
 
@@ -34,8 +38,6 @@ from occflownet_ros.lifecycle_client import (
     state_of,
     wait_for_state,
 )
-
-from ros_processes import CAMERAS, ROOT, NodeProcess, Vehicle, jpeg, ring_rig
 
 pytestmark = pytest.mark.integration
 
@@ -254,5 +256,32 @@ def test_missing_calibration_is_named(vehicle, tiny_bundle, tmp_path):
         vehicle.send_calibration(START_NS)
         frames = "no transform from base_link to CAM_FRONT_LEFT, CAM_FRONT, CAM_FRONT_RIGHT"
         assert vehicle.wait(lambda: frames in vehicle.status("calibration").get("message", ""), 5)
+    finally:
+        node.close()
+
+
+def test_raw_images_work_as_well(vehicle, tiny_bundle, calibration_file, tmp_path):
+    image = cv2.imdecode(np.frombuffer(JPEG, np.uint8), cv2.IMREAD_COLOR)
+    publishers = [vehicle.node.create_publisher(Image, f"/{name}/image_rect", 10) for name in CAMERAS]
+    settings = {
+        "image_transport": "raw",
+        "intrinsics_source": "calibration_file",
+        "odom_topic": '""',
+        "deadline_ms": 3000.0,  # six times 4.3 MB from one Python process take their time
+    }
+    node = NodeProcess(tmp_path / "log.txt", bundle=tiny_bundle, calibration_file=calibration_file, **settings)
+    labels = []
+    vehicle.listen(UInt8MultiArray, "/occflownet/labels", labels)
+    try:
+        change_state(vehicle.node, "occflownet", CONFIGURE, 20)
+        change_state(vehicle.node, "occflownet", ACTIVATE, 5)
+        assert vehicle.wait(lambda: all(p.get_subscription_count() for p in publishers), 5)
+        vehicle.wait(lambda: False, 0.5)
+        message = Image(height=900, width=1600, encoding="bgr8", step=4800, data=array.array("B", image.tobytes()))
+        for k, publisher in enumerate(publishers):
+            message.header.stamp = conversions.time_message(START_NS + k * 8_000_000)
+            publisher.publish(message)
+        assert vehicle.wait(lambda: labels, 5), [vehicle.status(f"camera {name}") for name in CAMERAS]
+        assert conversions.labels_from_message(labels[0]).stamp_ns == START_NS  # the bundle's first camera opens sets
     finally:
         node.close()

@@ -92,11 +92,11 @@ def message(grey: int, width_px: int = WIDTH_PX) -> CompressedImage:
 
 
 class Bench:
-    def __init__(self, folder, **settings) -> None:
+    def __init__(self, folder, clock_s=time.monotonic, **settings) -> None:
         self.said = []
         self.engine, self.outputs = WritingEngine(bundle(folder)), WritingOutputs()
         self.settings = Settings(**{"odom_wait_ms": 0.0, **settings})
-        self.pipeline = Pipeline(self.engine, self.settings, 0, self.outputs, self.complain)
+        self.pipeline = Pipeline(self.engine, self.settings, 0, self.outputs, self.complain, clock_s)
         self.pipeline.start()
 
     def complain(self, subject: str, sentence: str) -> None:
@@ -214,6 +214,17 @@ def test_a_masked_set_comes_at_the_deadline(make):
     it.pipeline.add_image(0, 100 * MS, message(10))
     it.until(lambda: it.outputs.frames)
     assert it.engine.calls[0][2] == (1,)
+
+
+def test_deadlines_are_counted_on_the_given_clock(make):
+    now = [50.0]
+    it = make(clock_s=lambda: now[0], missing_cameras="mask", deadline_ms=20.0)
+    it.pipeline.set_rig(rig())
+    it.pipeline.add_image(0, 100 * MS, message(10))
+    time.sleep(0.1)
+    assert it.engine.calls == []  # a bag that is paused
+    now[0] = 50.03
+    it.until(lambda: it.outputs.frames)
 
 
 @pytest.mark.parametrize(("failure", "traced"), [(EngineError("out of memory"), False), (RuntimeError("bug"), True)])
