@@ -9,7 +9,7 @@ import sys
 import time
 
 from occflownet_core.errors import DatasetError, OccflownetError
-from training.data.minicity.generate import generate
+from training.data.minicity.generation import generate
 
 _ABOUT = """\
 Write MiniCity, a procedural city recorded by a nuScenes-like vehicle, in the nuScenes format:

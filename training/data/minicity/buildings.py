@@ -42,7 +42,7 @@ def _facade(
     course = {True: ((0.25, 0.08), 0.012, 0.3), False: ((0.0, 0.0), 0.0, 0.0), None: ((1.5, 1.7), 0.02, 0.3)}[brick]
     return palette.add(
         Material(
-            rgb, grain=0.10, grain_m=0.04, stain=0.14, stain_m=2.5,
+            rgb, grain=0.10, grain_m=0.04, stain=0.06, stain_m=2.5,
             cell_m=tuple(round(float(v), 3) for v in cell_m), cell_fill=fill, cell_rgb=_GLASS[rng.integers(3)], cell_jitter=0.7,
             cell_gloss=0.35, cell_from_m=from_m, course_m=course[0], course_gap_m=course[1], course_dark=course[2], echo=35,
         )
@@ -70,7 +70,7 @@ def _flats(
             rgb,
             grain=0.1,
             grain_m=0.04,
-            stain=0.15,
+            stain=0.06,
             stain_m=2.5,
             course_m=(0.25, 0.08) if brick else (0, 0),
             course_gap_m=0.012 if brick else 0.0,

@@ -20,6 +20,7 @@ from training.data.minicity.world import World, keyframe_time_s
 
 _ANNOTATED_WITHIN_M = 100.0
 _JPEG_QUALITY = 92
+_ON_SURFACE_M = 0.05
 DEPTH_UNIT_M = 0.01
 """Metres per count of the depth PNGs that ``write_semantics`` adds; 0 is sky or beyond 655 m."""
 
@@ -51,16 +52,19 @@ def write_keyframe(
     """Render, scan, label and write keyframe ``number`` of a world."""
     time_s = keyframe_time_s(number)
     scan = sweep(world, time_s, world.noise(number, 0))
+    near = world.nearby(time_s, _ANNOTATED_WITHIN_M)
+    shown = np.zeros((len(world.actors), 2), dtype=int)
     for stream, name in enumerate(calibration.CAMERAS, start=1):
         image = render(world, name, time_s, *size_px, world.noise(number, stream))
         _write_image(root, naming.camera_file(number, name), image, write_semantics)
+        shown += visible_samples(world, name, time_s, near)
     _write_lidar(root, naming, number, world, scan)
     cameras = [(calibration.camera(n, *size_px), global_from_camera_at(world, n, time_s)) for n in calibration.CAMERAS]
     truth = occupancy(world, time_s, scan, cameras)
     target = root / naming.occupancy_file(number)
     target.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(target, semantics=truth.semantics, mask_lidar=truth.mask_lidar, mask_camera=truth.mask_camera)
-    return Keyframe(world.index, number, _ego_poses(world, time_s), _annotations(world, time_s, scan))
+    return Keyframe(world.index, number, _ego_poses(world, time_s), _annotations(world, time_s, scan, near, shown))
 
 
 def _write_image(root: Path, name: str, image: Rendering, write_semantics: bool) -> None:
@@ -99,49 +103,43 @@ def _ego_poses(world: World, time_s: float) -> dict[str, tuple[list[float], list
     return result
 
 
-def _annotations(world: World, time_s: float, scan: Sweep) -> list[Annotation]:
-    """Boxes of all actors near the vehicle at the keyframe's timestamp."""
+def _annotations(world: World, time_s: float, scan: Sweep, near: list[int], shown: np.ndarray) -> list[Annotation]:
+    """Boxes of the actors near the vehicle at the keyframe's timestamp; ``shown`` [actors, 2] as ``visible_samples``."""
     points = np.bincount(scan.instance, minlength=len(world.actors) + 1)
-    near = world.nearby(time_s, _ANNOTATED_WITHIN_M)
-    shown = _visible_share(world, time_s, near)
     result = []
     for index in near:
         pose = world.actors[index].global_from_box(time_s)
-        level = 1 + int(np.digitize(shown[index], (0.4, 0.6, 0.8)))
+        share = shown[index, 0] / max(1, shown[index, 1])
+        level = 1 + int(np.digitize(share, (0.4, 0.6, 0.8)))
         rotation = poses.quaternion_from_rotation(pose[:3, :3]).tolist()
         result.append(Annotation(index, pose[:3, 3].tolist(), rotation, int(points[index + 1]), level))
     return result
 
 
-def _visible_share(world: World, time_s: float, actors: list[int]) -> dict[int, float]:
-    """Share of each actor's camera-facing surface that some camera sees, all six together."""
-    seen = {i: [0, 0] for i in actors}
-    for name, calibrated in calibration.CAMERAS.items():
-        moment_s = time_s + calibrated.offset_us * 1e-6
-        camera = calibration.camera(name, *calibration.FULL_SIZE_PX)
-        global_from_camera = global_from_camera_at(world, name, time_s)
-        snapshot = world.snapshot(moment_s)
-        points, owner = [], []
-        for index in actors:
-            local = world.visibility_samples(index)
-            points.append(poses.transform_points(world.actors[index].global_from_box(moment_s), local))
-            owner.append(np.full(len(local), index))
-        if not points:
-            break
-        points, owner = np.concatenate(points), np.concatenate(owner)
-        in_ego = poses.transform_points(camera.ego_from_camera @ poses.inverse(global_from_camera), points)
-        inside = camera.sees(*camera.project(in_ego))
-        points, owner = points[inside], owner[inside]
-        rays = points - global_from_camera[:3, 3]
-        range_m = np.linalg.norm(rays, axis=1)
-        hits = snapshot.first_hits(np.broadcast_to(global_from_camera[:3, 3], rays.shape), rays / range_m[:, None])
-        found = hits.hit
-        hit_owner = np.full(len(owner), -1)
-        hit_owner[found] = snapshot.of_faces("instance", hits.face[found]) - 1
-        for index in np.unique(owner):
-            mine = owner == index
-            # A sample that the actor itself hides is not facing the camera and does not count.
-            front = mine & ((hit_owner != index) | (range_m - hits.range_m < 0.05))
-            seen[index][0] += int((front & (hit_owner == index)).sum())
-            seen[index][1] += int(front.sum())
-    return {i: (a / b if b else 0.0) for i, (a, b) in seen.items()}
+def visible_samples(world: World, name: str, keyframe_time_s: float, actors: list[int]) -> np.ndarray:
+    """[all actors, 2]: how many surface samples of each actor a camera sees, and how many face it within its view."""
+    counts = np.zeros((len(world.actors), 2), dtype=int)
+    if not actors:
+        return counts
+    time_s = keyframe_time_s + calibration.CAMERAS[name].offset_us * 1e-6
+    camera = calibration.camera(name, *calibration.FULL_SIZE_PX)
+    eye = (world.global_from_ego(time_s) @ camera.ego_from_camera)[:3, 3]
+    samples = [world.visibility_samples(i) for i in actors]
+    placed = [
+        poses.transform_points(world.actors[i].global_from_box(time_s), s) for i, s in zip(actors, samples, strict=True)
+    ]
+    points, owner = np.concatenate(placed), np.repeat(actors, [len(s) for s in samples])
+    in_view = camera.sees(*camera.project(poses.transform_points(poses.inverse(world.global_from_ego(time_s)), points)))
+    points, owner = points[in_view], owner[in_view]
+    rays = points - eye
+    range_m = np.linalg.norm(rays, axis=1)
+    snapshot = world.snapshot(time_s)
+    hits = snapshot.first_hits(np.broadcast_to(eye, rays.shape), rays / range_m[:, None])
+    struck = np.full(len(owner), -1)
+    struck[hits.hit] = snapshot.of_faces("instance", hits.face[hits.hit]) - 1
+    # A sample behind the actor's own front does not face the camera and counts for nothing.
+    seen = (struck == owner) & (range_m - hits.range_m < _ON_SURFACE_M)
+    faces = seen | (struck != owner)
+    counts[:, 0] = np.bincount(owner[seen], minlength=len(counts))
+    counts[:, 1] = np.bincount(owner[faces], minlength=len(counts))
+    return counts

@@ -9,6 +9,7 @@ import numpy as np
 
 from occflownet_core import poses
 from training.data.minicity import calibration
+from training.data.minicity.actors import Actor
 from training.data.minicity.raycast import NO_INSTANCE
 from training.data.minicity.world import World
 
@@ -58,7 +59,8 @@ def sweep(world: World, timestamp_s: float, noise: np.random.Generator) -> Sweep
     beams = _fire(world, timestamp_s)
     _hit_static(world, beams)
     for index in world.nearby(timestamp_s, calibration.LIDAR_RANGE_M + 10):
-        _hit_actor(world, beams, index)
+        if not world.actors[index].stands:
+            _hit_actor(world, beams, index)
     chance = noise.random(len(beams.time_s))
     deviation = noise.normal(0, calibration.LIDAR_NOISE_M, len(beams.time_s))
     returned = beams.range_m < calibration.LIDAR_RANGE_M
@@ -134,7 +136,7 @@ def _record(
     cosine: np.ndarray,
     category: np.ndarray,
     material: np.ndarray,
-    instance: int,
+    instance: np.ndarray | int,
 ) -> None:
     columns = world.material_columns
     beams.range_m[rows], beams.cosine[rows], beams.category[rows] = range_m, np.abs(cosine), category
@@ -148,23 +150,35 @@ def _hit_static(world: World, beams: _Beams) -> None:
     face, surfaces = hits.face[rows], world.static_surfaces
     cosine = (surfaces.normal[face] * beams.direction[rows]).sum(axis=1)
     _record(
-        world, beams, rows, hits.range_m[rows], cosine, surfaces.category[face], surfaces.material[face], NO_INSTANCE
+        world,
+        beams,
+        rows,
+        hits.range_m[rows],
+        cosine,
+        surfaces.category[face],
+        surfaces.material[face],
+        surfaces.instance[face],
     )
 
 
 def _hit_actor(world: World, beams: _Beams, index: int) -> None:
     """Cast the rays that pass near an actor in its own frame, at each ray's own time: exact while it moves."""
     actor = world.actors[index]
-    position, yaw = actor.place(beams.time_s)
-    centre = np.column_stack([position, np.full(len(position), actor.ground_m + actor.size_m[2] / 2)])
-    towards = centre - beams.origin_m
-    along = (towards * beams.direction).sum(axis=1)
+    columns = _columns_towards(beams, actor)
+    if not len(columns):
+        return
+    rows = (columns[:, None] * calibration.LIDAR_RINGS + np.arange(calibration.LIDAR_RINGS)).ravel()
+    position, yaw = actor.place(beams.time_s[rows])
+    centre = np.column_stack([position, np.full(len(rows), actor.ground_m + actor.size_m[2] / 2)])
+    towards = centre - beams.origin_m[rows]
+    along = (towards * beams.direction[rows]).sum(axis=1)
     radius = np.linalg.norm(actor.size_m) / 2
     off_axis = (towards**2).sum(axis=1) - along**2
-    rows = np.flatnonzero((off_axis < radius**2) & (along > -radius) & (along - radius < beams.range_m))
+    near = (off_axis < radius**2) & (along > -radius) & (along - radius < beams.range_m[rows])
+    rows, towards, yaw = rows[near], towards[near], yaw[near]
     if not len(rows):
         return
-    c, s = np.cos(yaw[rows]), np.sin(yaw[rows])
+    c, s = np.cos(yaw), np.sin(yaw)
 
     def in_box(vectors: np.ndarray) -> np.ndarray:
         return np.column_stack(
@@ -172,8 +186,21 @@ def _hit_actor(world: World, beams: _Beams, index: int) -> None:
         )
 
     direction = in_box(beams.direction[rows])
-    hits = world.actor_tracer(index).first_hits(in_box(-towards[rows]), direction, np.minimum(beams.range_m[rows], 1e4))
+    hits = world.actor_tracer(index).first_hits(in_box(-towards), direction, np.minimum(beams.range_m[rows], 1e4))
     found = np.flatnonzero(hits.hit)
     face, mesh = hits.face[found], actor.mesh
     cosine = (world.actor_normals(index)[face] * direction[found]).sum(axis=1)
     _record(world, beams, rows[found], hits.range_m[found], cosine, mesh.category[face], mesh.material[face], index + 1)
+
+
+def _columns_towards(beams: _Beams, actor: Actor) -> np.ndarray:
+    """Firing columns whose vertical plane passes near an actor's place in the middle of the sweep."""
+    first = slice(None, None, calibration.LIDAR_RINGS)
+    heading = beams.direction[first, :2] / np.linalg.norm(beams.direction[first, :2], axis=1, keepdims=True)
+    position, _ = actor.place(beams.time_s[len(beams.time_s) // 2])
+    towards = position - beams.origin_m[first, :2]
+    along = (towards * heading).sum(axis=1)
+    across = np.abs(towards[:, 0] * heading[:, 1] - towards[:, 1] * heading[:, 0])
+    # The sensor is tilted by a degree or so, and actors move during the sweep.
+    reach = np.linalg.norm(actor.size_m) / 2 + 1.0 + 0.03 * np.abs(along)
+    return np.flatnonzero((across < reach) & (along > -reach))

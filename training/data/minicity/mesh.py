@@ -10,9 +10,10 @@ from functools import lru_cache
 import numpy as np
 import trimesh
 from mapbox_earcut import triangulate_float64
-from shapely.geometry import MultiPolygon, Polygon
+from shapely.geometry import MultiPolygon, Polygon, box
 from shapely.geometry.polygon import orient
 
+_TILE_M = 40.0
 _FLATNESS = 0.7  # |normal z| above which a face is textured from above
 
 
@@ -58,7 +59,7 @@ class Mesh:
         return self._cross()[1] / 2
 
     def _cross(self) -> tuple[np.ndarray, np.ndarray]:
-        cross = np.cross(self.corners[:, 1] - self.corners[:, 0], self.corners[:, 2] - self.corners[:, 0])
+        cross = _cross(self.corners)
         return cross, np.linalg.norm(cross, axis=1)
 
 
@@ -78,9 +79,22 @@ def triangles(corners: np.ndarray, material: int | np.ndarray, uv: np.ndarray | 
     return Mesh(corners, np.asarray(uv, dtype=np.float32), material, np.zeros(len(corners), dtype=np.uint8))
 
 
+def _cross(corners: np.ndarray) -> np.ndarray:
+    """Normals [F, 3] of triangles, twice their areas long (written out: NumPy's cross is slow on few rows)."""
+    a, b = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
+    return np.stack(
+        [
+            a[:, 1] * b[:, 2] - a[:, 2] * b[:, 1],
+            a[:, 2] * b[:, 0] - a[:, 0] * b[:, 2],
+            a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0],
+        ],
+        axis=1,
+    )
+
+
 def planar_uv(corners: np.ndarray) -> np.ndarray:
     """Texture coordinates [F, 3, 2] in metres: (x, y) on flat faces, (along the wall, height) on upright ones."""
-    normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normal = _cross(corners)
     normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
     tangent = np.stack([-normal[:, 1], normal[:, 0]], axis=1)
     tangent /= np.maximum(np.linalg.norm(tangent, axis=1, keepdims=True), 1e-9)
@@ -100,7 +114,7 @@ def _hull_corners(points: np.ndarray) -> np.ndarray:
 
     found = ConvexHull(points)
     corners = points[found.simplices]
-    normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normal = _cross(corners)
     inwards = (normal * found.equations[:, :3]).sum(axis=1) < 0
     corners[inwards] = corners[inwards][:, ::-1]
     return corners
@@ -205,15 +219,26 @@ def ellipsoid(centre: Sequence[float], radii: Sequence[float], material: int, su
 def flat(shape: Polygon | MultiPolygon, z: float, material: int) -> Mesh:
     """A level surface, seen from above, over the polygons of a shapely geometry (holes stay open)."""
     parts = []
-    for polygon in getattr(shape, "geoms", [shape]):
-        if polygon.geom_type != "Polygon" or polygon.is_empty:
-            continue
+    for polygon in _tiles(shape):
         rings = [np.array(r.coords)[:-1] for r in (polygon.exterior, *polygon.interiors)]
         points = np.concatenate(rings)
         index = triangulate_float64(points, np.cumsum([len(r) for r in rings]).astype(np.uint32)).reshape(-1, 3)
         corners = points[_counter_clockwise(points, index)]
         parts.append(np.concatenate([corners, np.full((*corners.shape[:2], 1), z)], axis=-1))
     return triangles(np.concatenate(parts), material) if parts else concatenate([])
+
+
+def _tiles(shape: Polygon | MultiPolygon) -> Iterable[Polygon]:
+    """Polygons cut along a square lattice: long thin triangles would make every ray query slow."""
+    for polygon in getattr(shape, "geoms", [shape]):
+        x0, y0, x1, y1 = polygon.bounds
+        for x in np.arange(x0, x1, _TILE_M):
+            column = polygon.intersection(box(x, y0 - 1, x + _TILE_M, y1 + 1))
+            for y in np.arange(y0, y1, _TILE_M):
+                tile = column.intersection(box(x - 1, y, x + _TILE_M + 1, y + _TILE_M))
+                for part in getattr(tile, "geoms", [tile]):
+                    if part.geom_type == "Polygon" and part.area > 1e-6:
+                        yield part
 
 
 def _counter_clockwise(points: np.ndarray, index: np.ndarray) -> np.ndarray:

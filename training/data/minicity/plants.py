@@ -33,7 +33,19 @@ def tree(rng: np.random.Generator, palette: Palette, height_m: float) -> Mesh:
         clusters.append((centre, size * np.array([1, 1, rng.uniform(0.7, 0.95)])))
         parts.append(cylinder(fork, centre, 0.45 * radius, bark, 0.15 * radius, 5))
     clusters.append((middle, np.array([0.75, 0.75, 1.0]) * spread * 0.8))
-    parts.append(_foliage(rng, palette, clusters, 0.24, 26))
+    parts.append(_foliage(rng, palette, clusters, 0.17, 42))
+    return concatenate(parts)
+
+
+def distant_tree(rng: np.random.Generator, palette: Palette, height_m: float) -> Mesh:
+    """A tree for the background: trunk and lumpy crown without leaves."""
+    green = LEAF_GREENS[rng.integers(len(LEAF_GREENS))]
+    bark = palette.plain((0.12, 0.09, 0.06))
+    leaf = palette.add(Material(varied(rng, green, 0.2), grain=0.4, grain_m=0.6, stain=0.3, stain_m=2.0, echo=22))
+    middle, spread = np.array([0, 0, 0.62 * height_m]), 0.27 * height_m
+    parts = [cylinder((0, 0, 0), middle, 0.02 * height_m, bark, sides=5)]
+    for _ in range(4):
+        parts.append(_lumpy(rng, middle + rng.uniform(-0.5, 0.5, 3) * spread, spread * rng.uniform(0.6, 0.9, 3), leaf))
     return concatenate(parts)
 
 
@@ -43,7 +55,7 @@ def bush(rng: np.random.Generator, palette: Palette) -> Mesh:
     for _ in range(int(rng.integers(2, 5))):
         size = rng.uniform(0.35, 0.65)
         clusters.append((np.array([*rng.uniform(-0.5, 0.5, 2), size * 0.75]), size * np.array([1, 1, 0.85])))
-    return _foliage(rng, palette, clusters, 0.14, 45)
+    return _foliage(rng, palette, clusters, 0.11, 60)
 
 
 def hedge(rng: np.random.Generator, palette: Palette, length_m: float) -> Mesh:
@@ -51,7 +63,7 @@ def hedge(rng: np.random.Generator, palette: Palette, length_m: float) -> Mesh:
     height, half = float(rng.uniform(0.8, 1.5)), 0.38
     at = np.arange(0.3, length_m, 0.55)
     clusters = [(np.array([x, 0, height * 0.52]), np.array([0.5, half, height * 0.5])) for x in at]
-    return _foliage(rng, palette, clusters, 0.13, 55)
+    return _foliage(rng, palette, clusters, 0.10, 75)
 
 
 def _foliage(rng: np.random.Generator, palette: Palette, clusters: list, leaf_m: float, per_m2: float) -> Mesh:

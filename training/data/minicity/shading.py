@@ -85,7 +85,9 @@ class Shader:
         albedo, mirror = self._surface(material, self._snapshot.uv(hits), footprint)
         soft = self._columns["soft"][material]
         cosine = normal @ light.towards_sun.astype(np.float32)
-        sun = lit.sun * (np.maximum(cosine, 0) + soft * np.maximum(-cosine, 0) + 0.25 * soft)
+        # Leaves take light from both sides and scatter it, so that single facets stand out less.
+        direct = np.maximum(cosine, 0) * (1 - soft) + soft * (0.35 + 0.6 * np.abs(cosine))
+        sun = lit.sun * direct
         upward = 0.5 + 0.5 * normal[:, 2]
         bounce = 0.16 * (1 - upward) * (0.35 + light.sun_rgb.mean() * 0.25)
         ambient = (upward * (0.25 + 0.75 * lit.sky))[:, None] * self._dome() + (bounce * (0.3 + 0.7 * lit.sky))[:, None]
@@ -100,7 +102,7 @@ class Shader:
 
     def _dome(self) -> np.ndarray:
         """Mean radiance of the sky that lights upward surfaces."""
-        return (0.6 * self._light.sky_rgb + 0.25 * self._light.horizon_rgb).astype(np.float32)
+        return (0.65 * self._light.sky_rgb + 0.35 * self._light.horizon_rgb).astype(np.float32)
 
     def _surface(self, material: np.ndarray, uv: np.ndarray, footprint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Albedo [N, 3] and mirror strength [N] of points on materials [N]."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from shapely.geometry import LineString, MultiPolygon, Point, Polygon
+from shapely.geometry import LineString, MultiPolygon, Polygon
 from shapely.ops import unary_union
 
 from training.data.minicity.path import Path, Speed, joined
@@ -92,6 +92,13 @@ class StreetPlan:
     def ego(self, time_s: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
         """Position [..., 2] of the ego frame and heading [...] at times [...]."""
         return self.ego_path.at(self.ego_start_m + self.ego_speed.distance_m(time_s))
+
+    def at_crossing(self, position_m: np.ndarray, margin_m: float) -> bool:
+        """Is a point [2] within a margin of where two carriageways meet?"""
+        return any(
+            np.linalg.norm(position_m - c.centre_m) < np.hypot(c.main_half_m, c.side.half_m) + margin_m
+            for c in self.crossings
+        )
 
 
 def plan_streets(rng: np.random.Generator, duration_s: float) -> StreetPlan:
@@ -290,8 +297,3 @@ def _crosswalks(crossing: Crossing, main: Street) -> list[Polygon]:
                 LineString([stop + side * near * left, stop + side * far * left]).buffer(0.2, cap_style="flat")
             )
     return stripes
-
-
-def disc(point_m: np.ndarray, radius_m: float) -> Polygon:
-    """A round area, for keeping things apart."""
-    return Point(*np.asarray(point_m)[:2]).buffer(radius_m, quad_segs=4)

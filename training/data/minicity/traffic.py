@@ -1,141 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Actors: everything that carries an annotated box, where it is at any time, and how a street is peopled with them."""
+"""How a street is peopled: driving, parked and waiting vehicles, roadworks, and with the footways' help everyone else."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from training.data.minicity import calibration, people, props, vehicles
+from training.data.minicity import props, vehicles
+from training.data.minicity.actors import Actor, Crowd
+from training.data.minicity.footways import crossing_people, person, small_things, walkers
 from training.data.minicity.mesh import Mesh
 from training.data.minicity.palette import Palette
 from training.data.minicity.path import STANDING, Path, Speed
-from training.data.minicity.scenery import KERB_M
 from training.data.minicity.streets import Crossing, Street, StreetPlan
 
 _CHECK_EVERY_S = 0.25
-_REACH_M = 90.0
-
-
-@dataclass(frozen=True)
-class Actor:
-    """A rigid thing that stands, or follows a path.
-
-    Attributes:
-        category: nuScenes category name.
-        mesh: in its box frame (x forward, y left, z up, origin at the box's centre), labelled.
-        size_m: length, width, height of the box; the mesh fits in exactly.
-        path, start_m, speed: its place at time t is ``path.at(start_m + speed.distance_m(t))``.
-        ground_m: height of its feet.
-        yaw_offset: its heading relative to the path's.
-        attribute: nuScenes attribute name, or an empty string.
-    """
-
-    category: str
-    mesh: Mesh
-    size_m: np.ndarray
-    path: Path
-    start_m: float
-    speed: Speed
-    ground_m: float
-    yaw_offset: float
-    attribute: str
-
-    def place(self, time_s: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-        """Position [..., 2] and heading [...] at times [...]."""
-        position, heading = self.path.at(self.start_m + self.speed.distance_m(time_s))
-        return position, heading + self.yaw_offset
-
-    def global_from_box(self, time_s: float) -> np.ndarray:
-        """[4, 4] pose of the box's centre at a time."""
-        (x, y), yaw = self.place(time_s)
-        c, s = np.cos(yaw), np.sin(yaw)
-        return np.array([[c, -s, 0, x], [s, c, 0, y], [0, 0, 1, self.ground_m + self.size_m[2] / 2], [0, 0, 0, 1.0]])
-
-
-@dataclass
-class _Crowd:
-    """Actors accepted so far, with the footprints that newcomers must not touch."""
-
-    rng: np.random.Generator
-    palette: Palette
-    plan: StreetPlan
-    obstacles: np.ndarray
-    times_s: np.ndarray
-    actors: list[Actor] = field(default_factory=list)
-    rectangles: list[np.ndarray] = field(default_factory=list)  # each [T, 5]: x, y, yaw, length, width
-
-    def __post_init__(self) -> None:
-        position, heading = self.plan.ego(self.times_s)
-        self.ego_m = position
-        ahead = calibration.EGO_LENGTH_M / 2 - calibration.EGO_REAR_OVERHANG_M
-        centre = position + ahead * np.stack([np.cos(heading), np.sin(heading)], axis=-1)
-        self.rectangles.append(
-            _rectangle(centre, heading, calibration.EGO_LENGTH_M + 3.0, calibration.EGO_WIDTH_M + 0.7)
-        )
-
-    def offer(
-        self,
-        category: str,
-        mesh: Callable[[], Mesh],
-        path: Path,
-        start_m: float,
-        speed: Speed = STANDING,
-        ground_m: float = 0.0,
-        yaw_offset: float = 0.0,
-        attribute: str = "",
-        clearance_m: float = 0.25,
-        walks: bool = False,
-    ) -> bool:
-        """Take the actor in unless it is never near or would run into something."""
-        position, heading = path.at(start_m + speed.distance_m(self.times_s))
-        if np.linalg.norm(position - self.ego_m, axis=1).min() > _REACH_M:
-            return False
-        body, size = _boxed(mesh(), category)
-        rectangle = _rectangle(position, heading + yaw_offset, size[0] + 2 * clearance_m, size[1] + clearance_m)
-        if any(_touch(rectangle, other) for other in self.rectangles):
-            return False
-        if walks and len(self.obstacles):
-            gap = np.linalg.norm(position[:, None] - self.obstacles[None, :, :2], axis=-1) - self.obstacles[:, 2]
-            if gap.min() < 0.35:
-                return False
-        self.rectangles.append(rectangle)
-        self.actors.append(Actor(category, body, size, path, float(start_m), speed, ground_m, yaw_offset, attribute))
-        return True
-
-
-def _boxed(mesh: Mesh, category: str) -> tuple[Mesh, np.ndarray]:
-    """The mesh with its bounding box centred on the origin, labelled; and the box's size."""
-    from occflownet_core.labels import LIDARSEG_NAMES
-
-    low, high = mesh.corners.min(axis=(0, 1)), mesh.corners.max(axis=(0, 1))
-    x, y, z = -(low + high) / 2
-    return mesh.moved(x, y, z).labelled(LIDARSEG_NAMES.index(category)), np.round(high - low + 0.002, 3)
-
-
-def _rectangle(position: np.ndarray, heading: np.ndarray, length: float, width: float) -> np.ndarray:
-    n = len(position)
-    return np.column_stack([position, np.broadcast_to(heading, n), np.full(n, length), np.full(n, width)])
-
-
-def _touch(a: np.ndarray, b: np.ndarray) -> bool:
-    """Do two moving rectangles [T, 5] overlap at any time (separating axes)?"""
-    between = b[:, :2] - a[:, :2]
-    close = np.linalg.norm(between, axis=1) < (np.hypot(a[0, 3], a[0, 4]) + np.hypot(b[0, 3], b[0, 4])) / 2
-    if not close.any():
-        return False
-    a, b, between = a[close], b[close], between[close]
-    apart = np.zeros(len(a), dtype=bool)
-    for yaw in (a[:, 2], a[:, 2] + np.pi / 2, b[:, 2], b[:, 2] + np.pi / 2):
-        axis = np.stack([np.cos(yaw), np.sin(yaw)], axis=-1)
-        reach = sum(
-            0.5 * r[:, 3] * np.abs(np.cos(r[:, 2] - yaw)) + 0.5 * r[:, 4] * np.abs(np.sin(r[:, 2] - yaw))
-            for r in (a, b)
-        )
-        apart |= np.abs((between * axis).sum(axis=1)) > reach
-    return bool((~apart).any())
 
 
 def populate(
@@ -143,7 +23,7 @@ def populate(
 ) -> list[Actor]:
     """Draw the actors of one scene; none of them ever touches another, the ego vehicle or what it must walk around."""
     times_s = np.arange(-0.25, duration_s + 0.5, _CHECK_EVERY_S)
-    crowd = _Crowd(rng, palette, plan, obstacles, times_s)
+    crowd = Crowd(rng, palette, plan, obstacles, times_s)
     _roadworks(crowd)
     _special_traffic(crowd)
     for index, street in enumerate(plan.streets):
@@ -151,14 +31,14 @@ def populate(
         _flowing(crowd, street, index)
     for crossing in plan.crossings:
         _queue(crowd, crossing)
-        _crossing_people(crowd, crossing)
+        crossing_people(crowd, crossing)
     for street in plan.streets:
-        _walkers(crowd, street)
-        _small_things(crowd, street)
+        walkers(crowd, street)
+        small_things(crowd, street)
     return crowd.actors
 
 
-def _lanes(crowd: _Crowd, street: Street) -> list[tuple[Path, bool, bool]]:
+def _lanes(crowd: Crowd, street: Street) -> list[tuple[Path, bool, bool]]:
     """(path, is it the ego's lane, is it the outermost) of a street's lanes."""
     plan, result = crowd.plan, []
     for forward in (True, False):
@@ -176,7 +56,7 @@ def _lanes(crowd: _Crowd, street: Street) -> list[tuple[Path, bool, bool]]:
     return result
 
 
-def _vehicle(crowd: _Crowd, moving: bool, kinds: dict[str, float] | None = None) -> tuple[str, Callable[[], Mesh], str]:
+def _vehicle(crowd: Crowd, moving: bool, kinds: dict[str, float] | None = None) -> tuple[str, Callable[[], Mesh], str]:
     """A random vehicle: category, model, attribute."""
     rng, palette = crowd.rng, crowd.palette
     kinds = kinds or {"car": 0.66, "truck": 0.12, "bus": 0.08, "motorcycle": 0.09, "bicycle": 0.05}
@@ -193,7 +73,7 @@ def _vehicle(crowd: _Crowd, moving: bool, kinds: dict[str, float] | None = None)
     }[kind]
 
 
-def _flowing(crowd: _Crowd, street: Street, index: int) -> None:
+def _flowing(crowd: Crowd, street: Street, index: int) -> None:
     """Traffic that drives: one speed per lane, so that nobody runs into the one in front."""
     rng, plan = crowd.rng, crowd.plan
     for path, is_ego, _ in _lanes(crowd, street):
@@ -212,7 +92,7 @@ def _flowing(crowd: _Crowd, street: Street, index: int) -> None:
             at += rng.uniform(11, 34)
 
 
-def _special_traffic(crowd: _Crowd) -> None:
+def _special_traffic(crowd: Crowd) -> None:
     """A lorry with a trailer, a cyclist and a motorcyclist near the ego vehicle, in most scenes."""
     rng, palette, main = crowd.rng, crowd.palette, crowd.plan.main
     lanes = [entry for entry in _lanes(crowd, main) if not entry[1]]
@@ -254,7 +134,7 @@ def _special_traffic(crowd: _Crowd) -> None:
             crowd.offer(category, mesh, edge, start, speed, attribute=attribute, clearance_m=0.1)
 
 
-def _parked(crowd: _Crowd, street: Street) -> None:
+def _parked(crowd: Crowd, street: Street) -> None:
     rng = crowd.rng
     if not street.parking_m:
         return
@@ -265,7 +145,7 @@ def _parked(crowd: _Crowd, street: Street) -> None:
         while at < line.length_m:
             position, _ = line.at(at)
             step = 5.0
-            if rng.random() < fullness and not _close_to_crossing(crowd.plan, position, 8.0):
+            if rng.random() < fullness and not crowd.plan.at_crossing(position, 8.0):
                 category, mesh, attribute = _vehicle(
                     crowd, False, {"car": 0.82, "truck": 0.06, "motorcycle": 0.06, "trailer": 0.03, "bus": 0.03}
                 )
@@ -281,14 +161,7 @@ def _parked(crowd: _Crowd, street: Street) -> None:
             at += step + rng.uniform(0.6, 1.8)
 
 
-def _close_to_crossing(plan: StreetPlan, position: np.ndarray, margin_m: float) -> bool:
-    return any(
-        np.linalg.norm(position - c.centre_m) < np.hypot(c.main_half_m, c.side.half_m) + margin_m
-        for c in plan.crossings
-    )
-
-
-def _queue(crowd: _Crowd, crossing: Crossing) -> None:
+def _queue(crowd: Crowd, crossing: Crossing) -> None:
     """Vehicles that wait on the side street."""
     rng, side = crowd.rng, crossing.side
     for forward in (True, False):
@@ -304,107 +177,7 @@ def _queue(crowd: _Crowd, crossing: Crossing) -> None:
             at -= length + rng.uniform(1.2, 2.5)
 
 
-def _person(
-    crowd: _Crowd, path: Path, start_m: float, speed: Speed, ground_m: float, category: str | None = None
-) -> bool:
-    rng = crowd.rng
-    category = category or str(rng.choice(["human.pedestrian.adult", "human.pedestrian.child"], p=[0.9, 0.1]))
-    walking = speed.mean_mps > 0
-    return crowd.offer(
-        category,
-        lambda: people.pedestrian(rng, crowd.palette, category, walking),
-        path,
-        start_m,
-        speed,
-        ground_m,
-        yaw_offset=0.0 if walking else float(rng.uniform(-np.pi, np.pi)),
-        attribute="pedestrian.moving" if walking else "pedestrian.standing",
-        clearance_m=0.1,
-        walks=True,
-    )
-
-
-def _walkers(crowd: _Crowd, street: Street) -> None:
-    """People on both pavements, walking or standing, some in pairs."""
-    rng, plan = crowd.rng, crowd.plan
-    per_m = rng.uniform(0.03, 0.10)
-    for side in (-1, 1):
-        for _ in range(int(per_m * min(street.axis.length_m, 260))):
-            lateral = street.half_m + plan.verge_m + rng.uniform(0.15, 0.85) * plan.walk_m
-            line = street.axis.offset(side * lateral)
-            line = line if rng.random() < 0.5 else line.reversed()
-            anchor = crowd.ego_m[rng.integers(len(crowd.ego_m))]
-            start = line.project(anchor) + rng.uniform(-75, 75)
-            if _close_to_crossing(plan, line.at(start)[0], 3.0):
-                continue
-            speed = STANDING if rng.random() < 0.22 else Speed(round(rng.uniform(0.9, 1.7), 2))
-            _person(crowd, line, start, speed, KERB_M)
-            if rng.random() < 0.3:
-                _person(crowd, line.offset(0.7), start + rng.uniform(-0.3, 0.3), speed, KERB_M)
-            elif rng.random() < 0.08 and speed is not STANDING:
-                crowd.offer(
-                    "animal",
-                    lambda: props.dog(rng, crowd.palette),
-                    line.offset(-0.6),
-                    start + 1.0,
-                    speed,
-                    KERB_M,
-                    walks=True,
-                )
-
-
-def _crossing_people(crowd: _Crowd, crossing: Crossing) -> None:
-    """People on the zebra stripes over the side street, whose traffic waits."""
-    rng, side = crowd.rng, crossing.side
-    centre_arc = side.axis.project(crossing.centre_m)
-    for towards in (-1, 1):
-        at = centre_arc + towards * (crossing.main_half_m + 3.2)
-        if not 3 < at < side.axis.length_m - 3:
-            continue
-        middle, heading = side.axis.at(at)
-        left = np.array([-np.sin(heading), np.cos(heading)])
-        reach = side.half_m + 25
-        for _ in range(int(rng.integers(0, 4))):
-            shift = rng.uniform(-1, 1) * np.array([np.cos(heading), np.sin(heading)])
-            ends = np.stack([middle + shift - reach * left, middle + shift + reach * left])
-            path = Path(ends if rng.random() < 0.5 else ends[::-1])
-            speed = Speed(round(rng.uniform(1.0, 1.6), 2))
-            # On the carriageway for the whole scene, or they would float at the kerbs.
-            span = float(speed.distance_m(crowd.times_s[-1]))
-            room = 2 * side.half_m - 0.8 - span
-            if room > 0:
-                _person(crowd, path, reach - side.half_m + 0.4 + rng.uniform(0, room), speed, 0.0)
-            else:
-                _person(crowd, path, reach - side.half_m + rng.uniform(0.5, 2 * side.half_m - 0.5), STANDING, 0.0)
-
-
-def _small_things(crowd: _Crowd, street: Street) -> None:
-    """Bins, heaps of rubbish, bicycle racks and parked bicycles on the pavements."""
-    rng, palette, plan = crowd.rng, crowd.palette, crowd.plan
-    things = [
-        ("movable_object.pushable_pullable", lambda: props.rubbish_bin(rng, palette), "", 0.5),
-        ("movable_object.debris", lambda: props.debris(rng, palette), "", 0.2),
-        ("static_object.bicycle_rack", lambda: props.bicycle_rack(rng, palette), "", 0.15),
-        ("vehicle.bicycle", lambda: vehicles.bicycle(rng, palette, False), "cycle.without_rider", 0.35),
-        ("vehicle.motorcycle", lambda: vehicles.motorcycle(rng, palette, False), "cycle.without_rider", 0.15),
-    ]
-    weights = np.array([t[3] for t in things])
-    for side in (-1, 1):
-        line = street.axis.offset(
-            side * (street.half_m + plan.verge_m + rng.choice([0.75, max(0.8, plan.walk_m - 0.7)]))
-        )
-        for at in np.arange(rng.uniform(0, 12), line.length_m, rng.uniform(9, 17)):
-            position, _ = line.at(at)
-            if _close_to_crossing(plan, position, 6.0):
-                continue
-            category, mesh, attribute, _ = things[rng.choice(len(things), p=weights / weights.sum())]
-            turned = float(rng.uniform(-0.3, 0.3)) + (
-                np.pi / 2 if category == "movable_object.pushable_pullable" else 0
-            )
-            crowd.offer(category, mesh, line, at, ground_m=KERB_M, yaw_offset=turned, attribute=attribute, walks=True)
-
-
-def _roadworks(crowd: _Crowd) -> None:
+def _roadworks(crowd: Crowd) -> None:
     """A closed stretch at the edge of the carriageway: barriers, cones, a machine and workers."""
     rng, palette, main = crowd.rng, crowd.palette, crowd.plan.main
     if rng.random() < 0.2:
@@ -423,7 +196,7 @@ def _roadworks(crowd: _Crowd) -> None:
     anchor = edge.project(crowd.ego_m[int(rng.integers(len(crowd.ego_m)))])
     start = anchor + rng.uniform(-15, 20)
     length = rng.uniform(16, 30)
-    if any(_close_to_crossing(crowd.plan, middle.at(s)[0], 6.0) for s in np.linspace(start, start + length, 8)):
+    if any(crowd.plan.at_crossing(middle.at(s)[0], 6.0) for s in np.linspace(start, start + length, 8)):
         start += 30
     if width > 2.0:
         model = vehicles.construction_vehicle(rng, palette)
@@ -463,6 +236,6 @@ def _roadworks(crowd: _Crowd) -> None:
             clearance_m=0.02,
         )
     for _ in range(int(rng.integers(1, 4))):
-        _person(
+        person(
             crowd, middle, start + rng.uniform(0.1, 0.9) * length, STANDING, 0.0, "human.pedestrian.construction_worker"
         )

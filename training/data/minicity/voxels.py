@@ -18,6 +18,7 @@ from occflownet_core import poses
 from occflownet_core.camera import Camera
 from occflownet_core.grid import OCC3D_GRID, VoxelGrid
 from occflownet_core.labels import FREE, LABEL_FROM_LIDARSEG, OCCUPIED_CLASSES
+from occflownet_core.occupancy_frame import surface_voxels
 from training.data.minicity.lidar import Sweep
 from training.data.minicity.raycast import FAR_M
 from training.data.minicity.world import World
@@ -112,7 +113,7 @@ def _targets(grid: VoxelGrid, occupied: np.ndarray) -> np.ndarray:
     Every voxel in view is nearer than a hull cell and so subtends at least its angle; occupied ones get rays of their
     own because the flat ones are seen at grazing angles.
     """
-    cells = np.argwhere(occupied) + 0.5
+    cells = np.argwhere(surface_voxels(np.where(occupied, 0, FREE))) + 0.5
     hull = np.ones(grid.shape, dtype=bool)
     hull[1:-1, 1:-1, 1:-1] = False
     return grid.metric_from_index(np.concatenate([cells, cells + np.array([0, 0, 0.49]), np.argwhere(hull) + 0.5]))

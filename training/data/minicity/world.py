@@ -12,15 +12,16 @@ import numpy as np
 
 from occflownet_core.grid import OCC3D_GRID
 from training.data.minicity import calibration
+from training.data.minicity.actors import Actor
 from training.data.minicity.mesh import Mesh, concatenate
 from training.data.minicity.palette import Palette
-from training.data.minicity.raycast import Snapshot, Surfaces, Tracer
+from training.data.minicity.raycast import NO_INSTANCE, Snapshot, Surfaces, Tracer
 from training.data.minicity.sampling import clipped, surface_samples
 from training.data.minicity.scenery import build_scenery
 from training.data.minicity.streets import StreetPlan, plan_streets
-from training.data.minicity.traffic import Actor, populate
+from training.data.minicity.traffic import populate
 
-_NEARBY_M = 130.0
+_NEARBY_M = 115.0
 _STREETS, _SCENERY, _TRAFFIC, _LIGHT, _SAMPLES = range(5)
 _VISIBILITY_SAMPLES = 200
 _STATIC_SAMPLES_PER_M2, _ACTOR_SAMPLES_PER_M2 = 110.0, 150.0
@@ -70,7 +71,11 @@ class World:
         plan = plan_streets(_rng(seed, index, _STREETS), duration_s)
         scenery = build_scenery(_rng(seed, index, _SCENERY), palette, plan, duration_s)
         actors = populate(_rng(seed, index, _TRAFFIC), palette, plan, scenery.obstacles, duration_s)
-        static = concatenate([scenery.ground, scenery.upright])
+        # What stands for the whole scene is traced with the houses: only what moves is rebuilt for each camera.
+        standing, owner = _placed(actors, [i for i, actor in enumerate(actors) if actor.stands], 0.0)
+        scene = concatenate([scenery.ground, scenery.upright])
+        static = concatenate([scene, standing])
+        instance = np.concatenate([np.full(len(scene), NO_INSTANCE, dtype=np.int32), owner])
         return cls(
             seed=seed,
             index=index,
@@ -82,7 +87,7 @@ class World:
             palette=palette,
             light=_light(_rng(seed, index, _LIGHT)),
             static=Tracer(static.corners),
-            static_surfaces=Surfaces.of(static),
+            static_surfaces=Surfaces.of(static, instance),
         )
 
     def global_from_ego(self, time_s: float) -> np.ndarray:
@@ -146,12 +151,14 @@ class World:
 
     def snapshot(self, time_s: float) -> Snapshot:
         """The world at a time; instance = index of the actor + 1, 0 for what is static."""
-        near = self.nearby(time_s)
-        meshes = [self.actors[i].mesh.transformed(self.actors[i].global_from_box(time_s)) for i in near]
-        instance = np.concatenate(
-            [np.full(len(m), i + 1) for i, m in zip(near, meshes, strict=True)] or [np.zeros(0, int)]
-        )
-        return Snapshot(self.static, self.static_surfaces, concatenate(meshes), instance)
+        if self._made.get("snapshot time") != time_s:
+            self._made["snapshot time"], self._made["snapshot"] = time_s, self._freeze(time_s)
+        return self._made["snapshot"]
+
+    def _freeze(self, time_s: float) -> Snapshot:
+        moving = [i for i in self.nearby(time_s) if not self.actors[i].stands]
+        mesh, instance = _placed(self.actors, moving, time_s)
+        return Snapshot(self.static, self.static_surfaces, mesh, instance)
 
     def noise(self, keyframe: int, stream: int) -> np.random.Generator:
         """Random numbers that belong to one keyframe, whichever process draws them."""
@@ -160,6 +167,12 @@ class World:
 
 def _rng(*key: int) -> np.random.Generator:
     return np.random.default_rng(key)
+
+
+def _placed(actors: list[Actor], pick: list[int], time_s: float) -> tuple[Mesh, np.ndarray]:
+    """The meshes of some actors in the global frame at a time, and each triangle's instance (index + 1)."""
+    meshes = [actors[i].mesh.transformed(actors[i].global_from_box(time_s)) for i in pick]
+    return concatenate(meshes), np.repeat(np.array(pick, dtype=np.int32) + 1, [len(m) for m in meshes])
 
 
 def _light(rng: np.random.Generator) -> Light:
@@ -181,7 +194,7 @@ def _light(rng: np.random.Generator) -> Light:
         sky,
         horizon,
         float(clouds),
-        float(rng.uniform(0.95, 1.2) * (0.72 if sunny else 1.15)),
+        float(rng.uniform(0.9, 1.15) * (1.25 if sunny else 1.35)),
         float(haze),
     )
 
