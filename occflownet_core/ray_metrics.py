@@ -246,9 +246,14 @@ class RayScores:
             return np.where(union > 0, self.hits / union, np.nan)
 
     @property
+    def means(self) -> np.ndarray:
+        """[3] RayIoU at each threshold: mean over the 17 classes, NaN classes left out."""
+        return np.array([mean_known(row) for row in self.iou])
+
+    @property
     def ray_iou(self) -> float:
-        """RayIoU: mean over classes (NaN left out), then over the three thresholds."""
-        return float(np.mean([mean_known(row) for row in self.iou]))
+        """RayIoU: mean over the three thresholds."""
+        return float(self.means.mean())
 
 
 def _count(labels: np.ndarray) -> np.ndarray:

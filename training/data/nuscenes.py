@@ -8,6 +8,7 @@ the chosen scenes, so that loader processes stay small, and lets the devkit go.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,6 +195,22 @@ class KeyframeIndex:
         """Index of the keyframe ``offset`` keyframes later in the same scene, or None past the scene's ends."""
         other = index + offset
         return other if other in self.scenes[self.keyframes[index].scene] else None
+
+    def first(self, count: int) -> KeyframeIndex:
+        """The index of the first ``count`` keyframes of each scene.
+
+        Raises:
+            DatasetError: the count is below 1.
+        """
+        if count < 1:
+            raise DatasetError(f"the first {count} keyframes of each scene are none; ask for at least 1")
+        result = copy(self)
+        result.scenes, result.keyframes = {}, []
+        for name, scene in self.scenes.items():
+            start = len(result.keyframes)
+            result.keyframes += self.keyframes[scene.start : scene.stop][:count]
+            result.scenes[name] = range(start, len(result.keyframes))
+        return result
 
     def _keyframe(self, tables, scene: str, sample: dict) -> Keyframe:
         missing = [channel for channel in self.cameras if channel not in sample["data"]]

@@ -52,6 +52,22 @@ def scenes_of_split(
     return chosen
 
 
+def only_version(dataroot: Path) -> str:
+    """The root's folder of tables, where it has just one.
+
+    Raises:
+        DatasetError: there is none, or there are several.
+    """
+    versions = sorted(path.parent.name for path in dataroot.glob("*/sample.json"))
+    if len(versions) != 1:
+        raise DatasetError(
+            f"{dataroot} has several folders with tables ({', '.join(versions)}); choose a version"
+            if versions
+            else f"{dataroot} has no folder with tables; give the root of a data set in nuScenes' format"
+        )
+    return versions[0]
+
+
 def _own_splits(path: Path) -> dict[str, list[str]]:
     if not path.is_file():
         return {}
