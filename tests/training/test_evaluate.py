@@ -58,7 +58,7 @@ class KnowingEngine(Engine):
             return Prediction(truth)
         occupied = truth != FREE
         # Free voxels are improbable cars: whoever applies no threshold sees them all.
-probability = np.where(occupied, self.probability, 0.1).astype(np.float32)
+        probability = np.where(occupied, self.probability, 0.1).astype(np.float32)
         return Prediction(np.where(occupied, truth, 4).astype(np.uint8), probability)
 
 
