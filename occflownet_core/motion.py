@@ -80,6 +80,10 @@ class StaticWorld:
         """The rays cut into stretches of one rigid motion each."""
         return RayPieces.whole(rays)
 
+    def concerns(self, rays: Rays) -> Tensor:
+        """True [R] for rays along which ``content`` may say anything but "where it was"."""
+        return torch.zeros(len(rays), dtype=torch.bool, device=rays.range_m.device)
+
     def asks_points(self, rays: Rays) -> Tensor:
         """True [R] for rays whose pieces do not tell all: ``content`` must be asked along them."""
         return torch.zeros(len(rays), dtype=torch.bool, device=rays.range_m.device)
@@ -108,6 +112,9 @@ class DynamicFilter(StaticWorld):
         predicted = field.semantics(points_m[neighbour], batch_index[neighbour]).argmax(dim=-1)
         present[neighbour] = ~self._dynamic(predicted)
         return points_m, present
+
+    def concerns(self, rays: Rays) -> Tensor:
+        return rays.time_index != 0
 
     def neighbour_presence(self, logits: Tensor) -> Tensor | None:
         return ~self._dynamic(logits.detach().argmax(dim=1))
@@ -214,18 +221,21 @@ class BoxFlow(StaticWorld):
             torch.cat([whole.end_m[untouched], end[row, column]])[order.indices],
         )
 
+    def concerns(self, rays: Rays) -> Tensor:
+        concerned = super().concerns(rays)
+        concerned[self._index.crossed(rays)[0]] = True
+        return concerned
+
     def asks_points(self, rays: Rays) -> Tensor:
-        asked = torch.zeros(len(rays), dtype=torch.bool, device=rays.range_m.device)
-        if self.require_class:
-            asked[self._index.crossed(rays)[0]] = True
-        return asked
+        return self.concerns(rays) if self.require_class else super().asks_points(rays)
 
 
 class LearnedFlow(StaticWorld):
     """A predicted velocity field moves everything: p = p0 + v(p0) dt, solved for p0 by fixed-point steps.
 
     Converges where the velocity's spatial slope times dt is below one; at the edge of a moving object, where it is not,
-    the last iterate is taken. Differentiable in the velocity through every step.
+    the last iterate is taken. Differentiable in the velocity through the last step: exact where velocity is the same all
+    around, as within a rigid object that does not turn, and of first order in its slope times dt elsewhere.
 
     Args:
         velocity: (points_m [N, 3], batch_index [N]) -> [N, 3], m/s, current ego frame.
@@ -250,9 +260,14 @@ class LearnedFlow(StaticWorld):
         then_m, batch = points_m[neighbour], batch_index[neighbour]
         elapsed_s = (time_index[neighbour] * self.frame_interval_s).to(points_m.dtype)[:, None]
         now_m = then_m
-        for _ in range(self.steps):
-            now_m = then_m - self.velocity(now_m, batch) * elapsed_s
+        with torch.no_grad():
+            for _ in range(self.steps - 1):
+                now_m = then_m - self.velocity(now_m, batch) * elapsed_s
+        now_m = then_m - self.velocity(now_m, batch) * elapsed_s
         return points_m.index_copy(0, neighbour, now_m), present
+
+    def concerns(self, rays: Rays) -> Tensor:
+        return rays.time_index != 0
 
     def asks_points(self, rays: Rays) -> Tensor:
         return rays.time_index != 0

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from occflownet_core.boxes import slab
 from occflownet_core.grid import VoxelGrid
-from occflownet_core.interpolate import cell_rows, corners, require_volume, table_from_volume, trilinear
+from occflownet_core.interpolate import cell_rows, corners, require_volume, table_from_volume
 from occflownet_core.motion import RayPieces, StaticWorld
 from occflownet_core.renderer.packed import bag_logits, integrate, transmittance_before
 from occflownet_core.renderer.rays import Rays
@@ -176,20 +176,27 @@ def render_traversal(
     require_volume(density, grid, "density")
     require_volume(logits, grid, "logits")
     density, logits = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (density, logits))
+    table = table_from_volume(logits)
     asked = motion.asks_points(rays)
-    if asked.any():
-        parts = [asked.nonzero()[:, 0], (~asked).nonzero()[:, 0]]
-        renders = (_render_asked, _render_pieces)
-        rendered = [
-            render(density, logits, rays[part], grid, motion, config)
-            for render, part in zip(renders, parts, strict=True)
-        ]
-        return _joined(rendered, parts)
-    return _render_pieces(density, logits, rays, grid, motion, config)
+    if not asked.any():
+        return _render_pieces(density, logits, table, rays, grid, motion, config)
+    parts = [asked.nonzero()[:, 0], (~asked).nonzero()[:, 0]]
+    renders = (_render_asked, _render_pieces)
+    rendered = [
+        render(density, logits, table, rays[part], grid, motion, config)
+        for render, part in zip(renders, parts, strict=True)
+    ]
+    return _joined(rendered, parts)
 
 
 def _render_pieces(
-    density: Tensor, logits: Tensor, rays: Rays, grid: VoxelGrid, motion: StaticWorld, config: RenderConfig
+    density: Tensor,
+    logits: Tensor,
+    table: Tensor,
+    rays: Rays,
+    grid: VoxelGrid,
+    motion: StaticWorld,
+    config: RenderConfig,
 ) -> RenderedRays:
     """Rays whose motion is rigid piece by piece."""
     volumes, volume_index = _views(density, logits, rays, motion)
@@ -197,38 +204,47 @@ def _render_pieces(
     flat = volumes.reshape(-1)
     crossings = traverse(pieces, volume_index[pieces.ray], grid, density.dtype, flat.detach(), config.min_transmittance)
     optical_depth = flat.index_select(0, crossings.cell) * crossings.length_m
-    cell = crossings.cell % density.numel() if len(volumes) > len(density) else crossings.cell
-    return _rendered(crossings, optical_depth, cell, None, logits, rays, grid, config)
+    row = crossings.cell % density.numel() if len(volumes) > len(density) else crossings.cell
+    return _rendered(crossings, optical_depth, row, None, table, rays, grid, config)
 
 
 def _render_asked(
-    density: Tensor, logits: Tensor, rays: Rays, grid: VoxelGrid, motion: StaticWorld, config: RenderConfig
+    density: Tensor,
+    logits: Tensor,
+    table: Tensor,
+    rays: Rays,
+    grid: VoxelGrid,
+    motion: StaticWorld,
+    config: RenderConfig,
 ) -> RenderedRays:
-    """Rays whose content must be asked for at every crossing's midpoint; nothing stops early, for content moves."""
+    """Rays whose content must be asked for at every crossing's midpoint.
+
+    Content moves, so only after asking is it known where a ray stops: everything is asked without gradient, and what
+    is reached once more with it.
+    """
     batch_index = rays.batch_index.long()
     crossings = traverse(RayPieces.whole(rays), batch_index, grid, density.dtype)
-    ray, middle_m = crossings.ray, crossings.start_m + 0.5 * crossings.length_m
-    points_m = rays.origin_m[ray] + rays.direction[ray] * middle_m[:, None]  # [M, 3]
-    field = VoxelField(density, logits, grid, "nearest")
-    points_m, present = motion.content(points_m, rays.time_index[ray], batch_index[ray], field)
-    row, inside = cell_rows(grid, points_m, batch_index[ray])
-    if motion.continuous:
-        found = trilinear(density[:, None], grid, points_m, batch_index[ray])[:, 0]
-    else:
-        found = density.reshape(-1)[row] * inside
-    optical_depth = found * present * crossings.length_m
-    reached = transmittance_before(optical_depth.detach(), ray, len(rays)) >= config.min_transmittance
-    reached = reached.nonzero()[:, 0]
-    crossings, optical_depth, row, points_m = (
-        crossings.at(reached),
-        optical_depth[reached],
-        row[reached],
-        points_m[reached],
-    )
-    share = None
+    field = VoxelField(density, logits, grid, "trilinear" if motion.continuous else "nearest")
+    with torch.no_grad():
+        optical_depth, points_m = _ask(field, crossings, rays, motion)
+        reach = transmittance_before(optical_depth, crossings.ray, len(rays))
+        reached = (reach >= config.min_transmittance).nonzero()[:, 0]
+        crossings = crossings.at(reached)
+    optical_depth, points_m = _ask(field, crossings, rays, motion)
     if motion.continuous:
         row, share = corners(grid, points_m, batch_index[crossings.ray])  # [M, 8]
-    return _rendered(crossings, optical_depth, row, share, logits, rays, grid, config)
+    else:
+        row, share = cell_rows(grid, points_m, batch_index[crossings.ray])[0], None
+    return _rendered(crossings, optical_depth, row, share, table, rays, grid, config)
+
+
+def _ask(field: VoxelField, crossings: Crossings, rays: Rays, motion: StaticWorld) -> tuple[Tensor, Tensor]:
+    """Optical depth [M] of crossings at their midpoints, and where what is there lies now, [M, 3]."""
+    ray, middle_m = crossings.ray, crossings.start_m + 0.5 * crossings.length_m
+    points_m = rays.origin_m[ray] + rays.direction[ray] * middle_m[:, None]
+    batch_index = rays.batch_index[ray]
+    points_m, present = motion.content(points_m, rays.time_index[ray], batch_index, field)
+    return field.density(points_m, batch_index) * present * crossings.length_m, points_m
 
 
 def _rendered(
@@ -236,7 +252,7 @@ def _rendered(
     optical_depth: Tensor,
     row: Tensor,
     share: Tensor | None,
-    logits: Tensor,
+    table: Tensor,
     rays: Rays,
     grid: VoxelGrid,
     config: RenderConfig,
@@ -246,7 +262,6 @@ def _rendered(
     row_weight, row_ray = weight, crossings.ray
     if share is not None:
         row_weight, row_ray = (weight[:, None] * share).reshape(-1), row_ray.repeat_interleave(share.shape[1])
-    table = table_from_volume(logits)
     rendered = bag_logits(row_weight, table, row.reshape(-1).int(), row_ray, len(rays), config.min_weight)
     opacity, far_m = 1 - passed, grid_segment(rays, grid)[1]
     return RenderedRays(

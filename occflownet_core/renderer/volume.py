@@ -151,13 +151,22 @@ def range_target(rays: Rays, config: RenderConfig) -> Tensor:
     return rays.range_m * rays.axis_cosine
 
 
-def _ask(field: Field, rays: Rays, motion: StaticWorld, t_m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Density [R, S] at distances [R, S], and where it was read: points [R * S, 3], batch [R * S]."""
+def _ask(field: Field, rays: Rays, motion: StaticWorld, t_m: Tensor, concerned: Tensor) -> tuple[Tensor, ...]:
+    """Density at distances [R, S], and where it was read; the motion is asked along ``concerned`` rays [n] only.
+
+    Returns:
+        density [R, S], points [R * S, 3], batch [R * S].
+    """
+    count = t_m.shape[1]
     points_m = rays.origin_m[:, None] + rays.direction[:, None] * t_m[..., None]  # [R, S, 3]
-    time_index, batch_index = (i[:, None].expand_as(t_m).reshape(-1) for i in (rays.time_index, rays.batch_index))
-    points_m, present = motion.content(points_m.reshape(-1, 3), time_index, batch_index, field)
-    density = field.density(points_m, batch_index) * present  # [R * S]
-    return density.view_as(t_m), points_m, batch_index
+    present = torch.ones_like(t_m, dtype=torch.bool)
+    if len(concerned):
+        time_index, batch_index = (i[concerned].repeat_interleave(count) for i in (rays.time_index, rays.batch_index))
+        moved_m, there = motion.content(points_m[concerned].view(-1, 3), time_index, batch_index, field)
+        points_m = points_m.index_copy(0, concerned, moved_m.view(-1, count, 3))
+        present[concerned] = there.view(-1, count)
+    points_m, batch_index = points_m.view(-1, 3), rays.batch_index.repeat_interleave(count)
+    return field.density(points_m, batch_index).view_as(t_m) * present, points_m, batch_index
 
 
 def render_sampled(
@@ -170,15 +179,16 @@ def render_sampled(
 ) -> RenderedRays:
     """Render by samples: uniform, then importance (METHOD: 50, then 100); arguments as for ``renderer.render``."""
     near_m, far_m = grid_segment(rays, grid)  # [R]
+    concerned = motion.concerns(rays).nonzero()[:, 0]
     edges_m = uniform(near_m, far_m, config.proposal_samples)  # [R, S + 1]
     with torch.no_grad():
         t_m = positions(edges_m, config, generator)
         length_m = edges_m.diff(dim=-1)
-        proposal = weights(_ask(field, rays, motion, t_m)[0], length_m)
+        proposal = weights(_ask(field, rays, motion, t_m, concerned)[0], length_m)
         drawn_m = resampled(edges_m, proposal, config.importance_samples, config.stratified, generator)
         t_m = merged(t_m, drawn_m) if config.keep_proposal_samples or not config.importance_samples else drawn_m
         start_m, length_m = intervals(t_m, near_m, far_m)
-    density, points_m, batch_index = _ask(field, rays, motion, t_m)
+    density, points_m, batch_index = _ask(field, rays, motion, t_m, concerned)
     weight = weights(density, length_m)  # [R, S]
     opacity = weight.sum(dim=-1)
     logits = field.semantics(points_m, batch_index)  # [R * S, K]
