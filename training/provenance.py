@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where trained weights come from, as plain values that travel with checkpoints and bundles."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import platform
+from pathlib import Path
+
+import lightning
+import timm
+import torch
+
+import occflownet_core
+from training.settings import TrainingConfig
+
+_SUPERVISION = {
+    "2d": "2D labels only: LiDAR rays ({rays}), {motion}",
+    "3d": "3D voxel labels only",
+    "2d3d": "2D labels (LiDAR rays, {rays}, {motion}) and 3D voxel labels",
+}
+_MOTION = {
+    "static": "the world taken as standing still",
+    "filter": "dynamic ray filter",
+    "box_flow": "occupancy flow of annotated boxes",
+}
+
+
+def describe(config: TrainingConfig, steps: int, wall_time_s: float, scores: dict[str, float]) -> dict:
+    """Data set, supervision, length, seed, time, date and versions.
+
+    Args:
+        config: the run.
+        steps: optimiser steps so far.
+        wall_time_s: training time so far.
+        scores: of the latest validation.
+    """
+    kind, trainer = config.supervision.kind, config.trainer
+    motion = f"{_MOTION[config.motion.kind]}, keyframes -{config.data.horizon} to {config.data.horizon}"
+    if config.data.horizon == 0:
+        motion = "current keyframe only"
+    mask = {"3d": 1, "2d3d": 1}.get(kind, 0) and config.losses.voxel_camera_mask
+    return {
+        "supervision": _SUPERVISION[kind].format(rays=config.data.rays, motion=motion),
+        "trained_with_camera_mask": bool(mask),
+        "dataset": Path(config.data.dataroot).name,
+        "split": config.data.train_split,
+        "steps": steps,
+        "batch_size": trainer.batch_size * trainer.accumulate * max(trainer.devices, 1) * trainer.nodes,
+        "seed": trainer.seed,
+        "wall_time_s": round(wall_time_s, 1),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "averaged_weights": config.optimizer.ema_decay > 0,
+        "validation": {name: round(float(value), 5) for name, value in scores.items() if math.isfinite(value)},
+        "versions": {
+            "occflownet": occflownet_core.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "lightning": lightning.__version__,
+            "timm": timm.__version__,
+        },
+    }
