@@ -163,7 +163,10 @@ def create_engine(bundle: Bundle, backend: str = "auto", threads: int | None = N
     if backend == "auto":
         backend, reason = _choose(bundle)
         _log.info("engine: %s (%s)", backend, reason)
-    threads = threads or len(os.sched_getaffinity(0))
+    if threads is None:
+        threads = len(os.sched_getaffinity(0))
+    if threads < 1:
+        raise EngineError(f"threads is {threads}; give 1 or more, or None for every core")
     if backend == "onnxruntime":
         from occflownet_core.runtime.onnx_engine import OnnxEngine
 

@@ -30,6 +30,15 @@ SMALL = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small lose more by waiting for a second thread than they gain, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tables(model: OccFlowNet, height_m: float = 0.5) -> LiftTables:
     cameras = []
     for name, sign in (("front", 1), ("back", -1)):

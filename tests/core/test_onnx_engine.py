@@ -273,6 +273,12 @@ def test_a_graph_that_is_not_as_described(tmp_path, changes, kind):
         OnnxEngine(write(tmp_path, hand_made_graph().SerializeToString(), **changes))
 
 
+def test_the_engine_leaves_the_callers_arithmetic_alone(engine):
+    """ONNX Runtime can make its caller flush denormal numbers to zero; NumPy code in the same thread would notice."""
+    engine.infer(images(1), None)
+    assert np.float32(1e-40) * np.float32(1) > 0
+
+
 def test_auto_takes_onnx_runtime_and_says_why(bundle, caplog):
     with caplog.at_level(logging.INFO):
         engine = create_engine(bundle)
@@ -285,5 +291,7 @@ def test_backends_that_cannot_be_had(bundle):
         create_engine(bundle, "tensorrt")
     with pytest.raises(EngineError, match="there is no backend 'tensorflow'; use one of auto, onnxruntime, torch"):
         create_engine(bundle, "tensorflow")
+    with pytest.raises(EngineError, match="threads is 0; give 1 or more"):
+        create_engine(bundle, threads=0)
     with pytest.raises(EngineError, match="carries no weights for the backend 'torch'"):
         create_engine(bundle, "torch")

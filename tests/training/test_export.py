@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Export: the shipped configuration's graph does what the network does, on operators that every runtime has."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import safetensors.torch
 import torch
 from onnx import TensorProto, helper
 
-from occflownet_core.errors import ExportError
+from occflownet_core.errors import EngineError, ExportError
 from occflownet_core.model import ModelConfig, OccFlowNet
-from occflownet_core.runtime.bundle import load_bundle
+from occflownet_core.runtime.bundle import load_bundle, write_bundle
 from occflownet_core.runtime.engine import create_engine
 from training.export import (
     check_parity,
@@ -43,6 +44,15 @@ model:
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Waiting for a second thread costs more than it gains on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def tiny() -> OccFlowNet:
     """minicity_tiny with random weights, its decoders loud enough to give probabilities from 0 to 1."""
@@ -68,7 +78,7 @@ def small_config(tmp_path):
 def test_network_and_graph_agree_over_a_drive(tiny, bundle):
     """The graph by ONNX Runtime against the network by PyTorch, six frames, ego motion changing from frame to frame."""
     rig = ring_rig(tiny.config)
-    engines = [create_engine(bundle, backend, threads=2) for backend in ("onnxruntime", "torch")]
+    engines = [create_engine(bundle, backend, threads=1) for backend in ("onnxruntime", "torch")]
     for engine in engines:
         engine.calibrate(rig)
         engine.occupancy_threshold = 0.3
@@ -88,7 +98,7 @@ def test_network_and_graph_agree_over_a_drive(tiny, bundle):
 
 
 def test_memory_motion_and_missing_cameras_change_what_the_graph_sees(tiny, bundle):
-    engine = create_engine(bundle, "onnxruntime", threads=2)
+    engine = create_engine(bundle, "onnxruntime", threads=1)
     engine.calibrate(ring_rig(tiny.config))
     (first, _), (second, motion) = drive(tiny.config, 2)
     engine.infer(first, None)
@@ -103,7 +113,7 @@ def test_memory_motion_and_missing_cameras_change_what_the_graph_sees(tiny, bund
 
 
 def test_missing_cameras_are_not_looked_at(tiny, bundle):
-    engine = create_engine(bundle, "onnxruntime", threads=2)
+    engine = create_engine(bundle, "onnxruntime", threads=1)
     engine.calibrate(ring_rig(tiny.config))
     images, _ = next(drive(tiny.config, 1))
     other = images.copy()
@@ -169,6 +179,14 @@ def test_another_networks_graph_is_refused(bundle):
     other = load_model(ModelConfig.from_yaml(CONFIG), None, seed=2)
     with pytest.raises(ExportError, match="the exported graph is not the network"):
         check_parity(other, bundle, frames=1)
+
+
+def test_weights_of_another_network_are_refused(bundle, tmp_path):
+    other = dataclasses.replace(bundle, directory=tmp_path)
+    weights = safetensors.torch.save({"weight": torch.zeros(1)})
+    write_bundle(other, {"model.onnx": bundle.graph_path.read_bytes(), "weights.safetensors": weights})
+    with pytest.raises(EngineError, match=r"weights\.safetensors is not of the bundle's network"):
+        create_engine(load_bundle(tmp_path), "torch")
 
 
 def one_node(op: str, rank: int, domain: str = "") -> onnx.ModelProto:
