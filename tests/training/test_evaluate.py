@@ -7,6 +7,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from occflownet_core import poses
 from occflownet_core.camera import CameraRig
@@ -14,9 +15,11 @@ from occflownet_core.evaluation import OccupancyEvaluation
 from occflownet_core.grid import OCC3D_GRID
 from occflownet_core.labels import FREE
 from occflownet_core.metrics import VoxelScores, confusion_matrix
+from occflownet_core.model import ModelConfig, OccFlowNet
 from occflownet_core.ray_metrics import RayCaster, RayScores
 from occflownet_core.runtime.bundle import load_bundle
 from occflownet_core.runtime.engine import Engine, Prediction, create_engine
+from training.checkpoint import CONFIG_KEY, PROVENANCE_KEY
 from training.data.nuscenes import KeyframeIndex, load_occupancy
 from training.evaluate import evaluate, main, run_keyframes, scene_ray_origins_m
 from training.evaluation_report import difference
@@ -235,3 +238,38 @@ def test_real_keyframes_without_labels_say_so(nuscenes_real_root, tiny_bundle, t
     ]
     assert main([*arguments, "--out", str(tmp_path / "eval.json")]) == 2
     assert "are missing (split 'val'); unpack Occ3D's gts folder" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_exported_and_measured(tiny_root, tmp_path):
+    """A network of two cameras as training would save it, with the averaged weights under their own names."""
+    model = {
+        "cameras": ["CAM_FRONT", "CAM_BACK"],
+        "image_width_px": 64,
+        "image_height_px": 32,
+        "working_coarsening": 4,
+        "backbone": {"name": "test_efficientnet", "pretrained": False, "out_indices": [2, 3], "channels": 16},
+        "depth": {"bins": {"min_m": 1.0, "max_m": 9.0, "step_m": 1.0}, "context_channels": 8},
+        "volume": {"memory_channels": 4, "widths": [32, 32], "blocks": [1, 1]},
+        "field": {"channels": 8, "hidden": 16, "layers": 1},
+    }
+    network = OccFlowNet(ModelConfig.from_dict(model))
+    content = {
+        "state_dict": {f"model.{name}": value for name, value in network.state_dict().items()},
+        CONFIG_KEY: {"model": model},
+        PROVENANCE_KEY: {"trained_with_camera_mask": False},
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    out = tmp_path / "eval.json"
+    arguments = ["--checkpoint", str(tmp_path / "last.ckpt"), "--dataroot", str(tiny_root.path), "--split", "val"]
+    assert main([*arguments, "--out", str(out), "--threads", "1", "--pictures", "0"]) == 0
+    report = json.loads(out.read_text())
+    assert report["samples"] == 2 and report["settings"]["trained_with_camera_mask"] is False
+    assert report["model"]["source"].endswith("last.ckpt")
+
+
+def test_a_broken_checkpoint_gets_one_sentence(tiny_root, tmp_path, capsys):
+    (tmp_path / "last.ckpt").write_bytes(b"PK\x03\x04 cut short")
+    arguments = ["--checkpoint", str(tmp_path / "last.ckpt"), "--dataroot", str(tiny_root.path)]
+    assert main([*arguments, "--out", str(tmp_path / "eval.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("evaluate: ") and "last.ckpt" in error and error.count("\n") == 1
