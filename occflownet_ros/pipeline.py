@@ -278,12 +278,13 @@ class Pipeline:
         return images, missing, finished_s
 
     def _motion_to(self, stamp_ns: int) -> np.ndarray | None:
-        """``previous_from_current`` at the stamp, after a short wait for odometry that reaches it."""
+        """``previous_from_current`` at the stamp, after a short wait for odometry that is about to reach it."""
         with self._changed:
-            if self._settings.odom_topic:
+            newest_ns = self._poses.newest_ns
+            # Odometry that never came, or has stopped, is not worth waiting for.
+            if newest_ns is not None and stamp_ns - newest_ns <= self._settings.odom_max_gap_ms * 1e6:
                 self._changed.wait_for(
-                    lambda: self._is_stopping or (self._poses.newest_ns or 0) >= stamp_ns,
-                    self._settings.odom_wait_ms / 1e3,
+                    lambda: self._is_stopping or self._poses.newest_ns >= stamp_ns, self._settings.odom_wait_ms / 1e3
                 )
             return self._ego_motion.step(stamp_ns, self._poses.at(stamp_ns))
 
