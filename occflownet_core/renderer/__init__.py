@@ -53,8 +53,12 @@ def render(
     """
     motion = motion or StaticWorld()
     config = config or RenderConfig()
-    if config.method == "traversal":
-        return render_traversal(*field.lattice(grid), rays, grid, motion, config)
-    if config.sampled_field == "lattice":
-        field = VoxelField(*field.lattice(grid), grid, "trilinear", config.alignment)
-    return render_sampled(field, rays, grid, motion, config, generator)
+    if config.method == "sampled" and config.sampled_field == "continuous":
+        return render_sampled(field, rays, grid, motion, config, generator)
+    # Optical depths add up over hundreds of cells: half precision ends with the network's output.
+    lattice = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in field.lattice(grid))
+    with torch.autocast(rays.range_m.device.type, enabled=False):
+        if config.method == "traversal":
+            return render_traversal(*lattice, rays, grid, motion, config)
+        field = VoxelField(*lattice, grid, "trilinear", config.alignment)
+        return render_sampled(field, rays, grid, motion, config, generator)

@@ -175,7 +175,6 @@ def render_traversal(
     """
     require_volume(density, grid, "density")
     require_volume(logits, grid, "logits")
-    density, logits = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (density, logits))
     table = table_from_volume(logits)
     asked = motion.asks_points(rays)
     if not asked.any():

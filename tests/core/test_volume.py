@@ -139,6 +139,21 @@ def test_range_is_compared_with_range_unless_the_published_habit_is_asked_for():
         range_target(along_x(), RenderConfig(range_target="camera_z"))
 
 
+@pytest.mark.parametrize("method", ["traversal", "sampled"])
+def test_half_precision_ends_with_the_lattice(method):
+    field, rays = random_field(), random_rays(30)
+    half = VoxelField(field.density_lattice.bfloat16(), field.logits_lattice.bfloat16(), SMALL_GRID)
+    whole = VoxelField(half.density_lattice.float(), half.logits_lattice.float(), SMALL_GRID)
+    single = Rays(rays.origin_m.float(), rays.direction.float(), rays.range_m.float(), *[rays.label] * 4)
+    config = RenderConfig(method=method)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = render(half, single, SMALL_GRID, config=config)
+        (seen.range_m.sum() + seen.logits.square().sum()).backward()
+    expected = render(whole, single, SMALL_GRID, config=config)
+    assert torch.equal(seen.range_m, expected.range_m) and torch.equal(seen.logits, expected.logits)
+    assert field.density_lattice.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
