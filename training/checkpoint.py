@@ -52,8 +52,10 @@ class Checkpoint:
 
     @property
     def model_config(self) -> ModelConfig:
-        """The network's configuration. Raises as ``training_config``."""
-        return self.training_config.model
+        """The network's configuration, its threshold being the last validation's best. Raises as ``training_config``."""
+        config = self.training_config.model
+        tuned = self.provenance.get("validation", {}).get("threshold", config.occupancy_threshold)
+        return dataclasses.replace(config, occupancy_threshold=tuned)
 
     def model(self) -> OccFlowNet:
         """The network with these weights, in evaluation mode. Raises as ``training_config``."""
@@ -72,7 +74,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         weights = {
             name.removeprefix(_MODEL_PREFIX): value
             for name, value in content["state_dict"].items()

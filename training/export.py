@@ -29,8 +29,10 @@ from occflownet_core.lift_tables import build_lift_tables
 from occflownet_core.model import DeployedModel, ModelConfig, OccFlowNet
 from occflownet_core.runtime.bundle import GRAPH, WEIGHTS, Bundle, RecurrentState, load_bundle, write_bundle
 from occflownet_core.runtime.onnx_engine import OnnxEngine
+from training.checkpoint import load_checkpoint
 
 OPSET = 18
+TRAINING_CHECKPOINT = ".ckpt"
 PARITY_FRAMES = 6
 LABEL_AGREEMENT = 0.999
 PROBABILITY_TOLERANCE = 1e-3
@@ -238,12 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        config = ModelConfig.from_yaml(options.config)
-        if options.occupancy_threshold is not None:
-            config = dataclasses.replace(config, occupancy_threshold=options.occupancy_threshold)
         with console.status("building the network"):
-            model = load_model(config, options.checkpoint, options.seed)
-            provenance = _provenance(options)
+            model, provenance = _network(options)
         with console.status("exporting, then driving network and graph side by side"):
             bundle, parity = export(model, options.out, provenance, with_weights=options.with_weights)
     except OccflownetError as error:
@@ -259,13 +257,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Write a network as a model bundle: the folder that `ros2 launch occflownet_ros occ.launch.py bundle:=DIR` runs.",
         epilog="Before anything is written, network and graph run side by side over "
         f"{PARITY_FRAMES} frames; the export is refused if less than {LABEL_AGREEMENT:.1%} of labels agree. "
-        "Example: python -m training.export --config training/configs/minicity_tiny.yaml "
-        "--checkpoint runs/tiny/ema.safetensors --out models/tiny",
+        "Example: python -m training.export --checkpoint out/tiny/best.ckpt --out models/tiny",
     )
     parser.add_argument(
-        "--config", type=Path, required=True, help="training configuration; its 'model:' section counts"
+        "--config", type=Path, help="training configuration; its 'model:' section counts (a .ckpt brings its own)"
     )
-    parser.add_argument("--checkpoint", type=Path, help="weights as .safetensors; without it the network is untrained")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="last.ckpt or best.ckpt of training.fit (its averaged weights, and the threshold of its validation), or "
+        "weights as .safetensors; without it the network is untrained",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle; an older bundle is replaced")
     parser.add_argument("--occupancy-threshold", type=float, help="instead of the configuration's, probability 0..1")
     parser.add_argument("--with-weights", action="store_true", help="add the weights, for the engine 'torch'")
@@ -273,21 +275,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _provenance(options: argparse.Namespace) -> dict:
-    """Where the weights come from; what the training noted in the checkpoint's header goes along."""
-    if options.checkpoint is None:
-        return {"training": f"untrained: random weights of seed {options.seed}; its labels mean nothing"}
-    with safetensors.safe_open(options.checkpoint, framework="pt") as file:
-        notes = file.metadata() or {}
-    digest = hashlib.sha256(options.checkpoint.read_bytes()).hexdigest()
-    return {"checkpoint": options.checkpoint.name, "checkpoint_sha256": digest, **notes}
+def _network(options: argparse.Namespace) -> tuple[OccFlowNet, dict]:
+    """The network to export and where its weights come from."""
+    path = options.checkpoint
+    if path is not None and path.suffix == TRAINING_CHECKPOINT:
+        checkpoint = load_checkpoint(path)
+        model, provenance = checkpoint.model(), {**_file_notes(path), **checkpoint.provenance}
+    elif options.config is None:
+        raise ExportError(
+            f"give --config too: only a {TRAINING_CHECKPOINT} of training.fit knows its own configuration"
+        )
+    else:
+        model = load_model(ModelConfig.from_yaml(options.config), path, options.seed)
+        provenance = _provenance(path, options.seed)
+    if options.occupancy_threshold is not None:
+        model.config = dataclasses.replace(model.config, occupancy_threshold=options.occupancy_threshold)
+    return model, provenance
+
+
+def _provenance(checkpoint: Path | None, seed: int) -> dict:
+    """Where the weights come from; what the training noted in the file's header goes along."""
+    if checkpoint is None:
+        return {"training": f"untrained: random weights of seed {seed}; its labels mean nothing"}
+    with safetensors.safe_open(checkpoint, framework="pt") as file:
+        return {**_file_notes(checkpoint), **(file.metadata() or {})}
+
+
+def _file_notes(path: Path) -> dict:
+    return {"checkpoint": path.name, "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def _report(console: Console, bundle: Bundle, parity: Parity) -> None:
     table = Table(title=f"bundle {bundle.directory}", show_header=False)
     for name, value in (
         ("model", bundle.name),
-        ("training", bundle.provenance.get("training", bundle.provenance.get("checkpoint", ""))),
+        ("training", bundle.provenance.get("training") or bundle.provenance.get("supervision", "")),
         (
             "graph",
             f"{bundle.graph_path.stat().st_size / 1e6:.1f} MB, {len(onnx.load(bundle.graph_path).graph.node)} nodes",
