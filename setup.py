@@ -47,7 +47,7 @@ export = ["torch>=2.6", "timm>=1.0", "onnx>=1.17", "onnxscript>=0.3", "safetenso
 train = [
     *export,
     "lightning>=2.4",
-    "jsonargparse[signatures]>=4.35",
+    "jsonargparse[signatures]>=4.49",
     "tensorboard>=2.16",
     "nuscenes-devkit>=1.1.11",
     "trimesh>=4.5",
