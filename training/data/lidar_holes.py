@@ -14,7 +14,8 @@ BLIND_RANGE_M = 1.0
 """Nearer points are firings without echo (motion compensation moves them off zero) or the vehicle's own roof."""
 
 _LEAST_ECHOES = 32
-_MOST_ELEVATION_SPREAD_DEG = 0.5
+_MOST_SPREAD_DEG = 1.0
+_ELEVATION_TOLERANCE_DEG = 0.01
 
 
 def directions_without_return(points: np.ndarray, min_elevation_deg: float = 0.0) -> np.ndarray:
@@ -29,20 +30,19 @@ def directions_without_return(points: np.ndarray, min_elevation_deg: float = 0.0
         Empty where the ring column does not tell rings apart. The firings next to an echo are left out: the beam is
         wide, and an edge may have swallowed it.
     """
-    range_m = np.linalg.norm(points[:, :3], axis=1)
-    echo = range_m > BLIND_RANGE_M
-    elevation_deg = np.degrees(np.arcsin(np.clip(points[echo, 2] / range_m[echo], -1, 1)))
-    azimuth = np.arctan2(points[echo, 1], points[echo, 0]).astype(np.float64)
+    range_m = np.sqrt(np.einsum("pc,pc->p", points[:, :3], points[:, :3]))
+    echo = np.flatnonzero(range_m > BLIND_RANGE_M)
     ring = points[echo, 4]
+    by_ring = echo[np.argsort(ring, kind="stable")]
     found = []
-    for r in np.unique(ring):
-        mine = ring == r
-        spread = np.percentile(elevation_deg[mine], [5, 95])
-        if mine.sum() < _LEAST_ECHOES or np.ptp(spread) > 2 * _MOST_ELEVATION_SPREAD_DEG:
+    for mine in np.split(by_ring, np.cumsum(np.unique(ring, return_counts=True)[1])[:-1]):
+        if len(mine) < _LEAST_ECHOES:
             continue
-        elevation = np.median(elevation_deg[mine])
-        if elevation >= min_elevation_deg:
-            found.append(_on_cone(_lost_azimuths(azimuth[mine]), np.radians(elevation)))
+        sine = np.sort(points[mine, 2] / range_m[mine])
+        fifth, middle, ninety_fifth = np.degrees(np.arcsin(sine[[len(sine) // 20, len(sine) // 2, -len(sine) // 20]]))
+        if middle >= min_elevation_deg - _ELEVATION_TOLERANCE_DEG and ninety_fifth - fifth < _MOST_SPREAD_DEG:
+            azimuth = np.arctan2(points[mine, 1], points[mine, 0]).astype(np.float64)
+            found.append(_on_cone(_lost_azimuths(azimuth), np.radians(middle)))
     return np.concatenate(found) if found else np.zeros((0, 3))
 
 
