@@ -25,3 +25,11 @@ def tiny_bundle(tmp_path_factory) -> Path:
     config = REPOSITORY / "training" / "configs" / "minicity_tiny.yaml"
     assert export.main(["--config", str(config), "--out", str(directory)]) == 0
     return directory
+
+
+@pytest.fixture(scope="session")
+def minicity_root(tmp_path_factory) -> Path:
+    """A small MiniCity: one scene of three keyframes (seed 5, 352 x 198), with class and depth images."""
+    minicity = pytest.importorskip("training.data.minicity", reason="MiniCity needs the train extra")
+    root = tmp_path_factory.mktemp("data") / "minicity"
+    return minicity.generate(root, 1, 3, 5, (352, 198), processes=1, write_semantics=True)

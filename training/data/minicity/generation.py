@@ -72,7 +72,7 @@ def generate(
             written[keyframe.scene, keyframe.number] = keyframe
     rows = []
     for scene in range(scenes):
-        world = _world(seed, scene, keyframes)
+        world = scene_world(seed, scene, keyframes)
         actors = [(a.category, a.size_m.tolist(), a.attribute) for a in world.actors]
         shown = [written[scene, k] for k in range(keyframes)]
         rows.append(Scene(Naming(seed, scene), actors, shown, _description(world)))
@@ -119,7 +119,8 @@ def _jobs(scenes: int, keyframes: int, processes: int) -> list[tuple[int, list[i
 
 
 @lru_cache(maxsize=1)
-def _world(seed: int, scene: int, keyframes: int) -> World:
+def scene_world(seed: int, scene: int, keyframes: int) -> World:
+    """The world behind a scene of a data set of so many keyframes, for rendering or scanning more of it."""
     return World.build(seed, scene, keyframes * calibration.KEYFRAME_INTERVAL_US * 1e-6)
 
 
@@ -138,7 +139,7 @@ def _work(
     write_semantics: bool,
     done: Callable[[], None] | None = None,
 ) -> list[Keyframe]:
-    world, result = _world(seed, scene, keyframes), []
+    world, result = scene_world(seed, scene, keyframes), []
     for number in numbers:
         result.append(write_keyframe(Path(root), world, Naming(seed, scene), number, size_px, write_semantics))
         (done or _tell)()
