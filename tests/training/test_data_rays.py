@@ -12,13 +12,19 @@ from pyquaternion import Quaternion
 from occflownet_core.errors import DatasetError
 from occflownet_core.grid import OCC3D_GRID
 from occflownet_core.labels import FREE, LABEL_FROM_LIDARSEG
+from training.data.dataset import moving_boxes
 from training.data.lidar_holes import directions_without_return
-from training.data.nuscenes import KeyframeIndex, load_points
+from training.data.nuscenes import KeyframeIndex, load_occupancy, load_points
 from training.data.pseudo_labels import PseudoLabelRays
 from training.data.rays import NO_CAMERA, UNLABELLED, FrameRays, LidarRays, RayLimits, temporal_rays
 
 VERSION = "v1.0-tiny"
 LIMITS = RayLimits(OCC3D_GRID)
+EMPTY = FrameRays(
+    np.zeros((7, 3), np.float32),
+    *(np.zeros(0, np.int64), np.zeros((0, 3), np.float32), np.zeros(0, np.float32), np.zeros(0, np.uint8)),
+    *(np.zeros((0, 2), np.float32), np.zeros(0, np.float32)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +174,7 @@ def test_thinning_draws_without_replacement(index):
 
 
 def test_a_sweep_without_labelled_points_gives_no_rays(index):
-    empty = FrameRays(
-        np.zeros((7, 3), np.float32),
-        *(np.zeros(0, np.int64), np.zeros((0, 3), np.float32), np.zeros(0, np.float32), np.zeros(0, np.uint8)),
-        *(np.zeros((0, 2), np.float32), np.zeros(0, np.float32)),
-    )
-    rays = temporal_rays({0: (index[0], empty)}, LIMITS)
+    rays = temporal_rays({0: (index[0], EMPTY)}, LIMITS)
     rays.check()
     assert len(rays) == 0
 
@@ -296,3 +297,58 @@ def test_bad_sources(index):
         LidarRays("semantic")
     with pytest.raises(DatasetError, match=r"may hold \{scene\}"):
         PseudoLabelRays(".", "{camera}.png", "{stem}.png")
+
+
+def occupied_by(labels: np.ndarray, points_m: np.ndarray) -> np.ndarray:
+    """Label of the voxel around each point; FREE outside the grid."""
+    cell, inside = OCC3D_GRID.cells(points_m)
+    return np.where(inside, labels[tuple(cell.T)], FREE)
+
+
+def beside(labels: np.ndarray, points_m: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """True where the point's voxel or one of its 26 neighbours has the label."""
+    steps = np.stack(np.meshgrid(*[(-0.4, 0, 0.4)] * 3), axis=-1).reshape(-1, 3)
+    return np.any([occupied_by(labels, points_m + step) == label for step in steps], axis=0)
+
+
+def test_rays_of_minicity_end_in_its_voxels_and_cross_free_space(minicity_root):
+    index = KeyframeIndex(minicity_root, "v1.0-mini")
+    labels, _, _ = load_occupancy(index[1], OCC3D_GRID)
+    lidar = temporal_rays({0: (index[1], LidarRays(no_return=True).frame_rays(index[1]))}, LIMITS)
+    semantics = minicity_root / "semantics"
+    pixels = PseudoLabelRays(semantics, "{channel}/{stem}_depth.png", "{channel}/{stem}_label.png", depth_unit_m=0.01)
+    for rays in (lidar, temporal_rays({0: (index[1], pixels.frame_rays(index[1]))}, LIMITS)):
+        rays.check()
+        seen = rays[rays.returned]
+        assert len(seen) > 5000
+        assert beside(labels, seen.end_m.numpy(), seen.label.numpy()).mean() > 0.97
+        # Half way to a return there is nothing, and nothing all along a ray without one.
+        halfway_m = (seen.origin_m + 0.5 * seen.range_m[:, None] * seen.direction).numpy()
+        assert (occupied_by(labels, halfway_m) == FREE).mean() > 0.98
+        sky = rays[~rays.returned]
+        assert len(sky) > 200
+        along_m = np.arange(0.5, 40, 0.4)[:, None, None] * sky.direction.numpy() + sky.origin_m.numpy()
+        assert (occupied_by(labels, along_m.reshape(-1, 3)) == FREE).mean() > 0.98
+
+
+def test_rays_of_moving_objects_follow_their_boxes(minicity_root):
+    """What a neighbour keyframe saw of a moving car lies, carried back by the car's box, in the car's voxels of now."""
+    index = KeyframeIndex(minicity_root, "v1.0-mini")
+    labels, _, _ = load_occupancy(index[1], OCC3D_GRID)
+    boxes = moving_boxes(index, 1, horizon=1)
+    other = temporal_rays({0: (index[1], EMPTY), 1: (index[2], LidarRays().frame_rays(index[2]))}, LIMITS)
+    shift_m = (boxes.ego_from_box_now - boxes.ego_from_box_then)[:, :3, 3].norm(dim=1)
+    # Those that moved by more than half their length: what stayed behind is then mostly in other voxels.
+    moved = boxes.paired & (boxes.time_index == 1) & (shift_m > 0.5 * boxes.size_m[:, 0])
+    near, carried, left = [], [], []
+    for b in torch.nonzero(moved).flatten().tolist():
+        pose, label, end_m = boxes.ego_from_box_then[b].numpy(), boxes.label[b].item(), other.end_m.numpy()
+        within = np.abs((end_m - pose[:3, 3]) @ pose[:3, :3]) <= boxes.size_m[b].numpy() / 2 * 1.15
+        then_m = end_m[within.all(axis=1) & (other.label.numpy() == label)]
+        now_m = boxes.to_now(torch.from_numpy(then_m).double(), torch.full((len(then_m),), b)).numpy()
+        inside = OCC3D_GRID.contains(now_m)
+        near += beside(labels, now_m[inside], label).tolist()
+        carried += (occupied_by(labels, now_m[inside]) == label).tolist()
+        left += (occupied_by(labels, then_m[inside]) == label).tolist()
+    assert len(carried) > 100
+    assert np.mean(near) > 0.97 and np.mean(carried) > 0.85 and np.mean(left) < 0.3
