@@ -83,7 +83,7 @@ class StaticWorld:
 
     def concerns(self, rays: Rays) -> Tensor:
         """True [R] for rays along which ``content`` may say anything but "where it was"."""
-        return torch.zeros(len(rays), dtype=torch.bool, device=rays.range_m.device)
+        return rays.time_index != 0
 
     def asks_points(self, rays: Rays) -> Tensor:
         """True [R] for rays whose pieces do not tell all: ``content`` must be asked along them."""
@@ -118,9 +118,6 @@ class DynamicFilter(StaticWorld):
         neighbour = (time_index != 0).nonzero()[:, 0]
         present[neighbour] = ~self._predicted(field.semantics(points_m[neighbour], batch_index[neighbour]))
         return points_m, present
-
-    def concerns(self, rays: Rays) -> Tensor:
-        return rays.time_index != 0
 
     def neighbour_presence(self, logits: Tensor) -> Tensor | None:
         return ~self._predicted(logits.detach())
@@ -228,7 +225,7 @@ class BoxFlow(StaticWorld):
         )
 
     def concerns(self, rays: Rays) -> Tensor:
-        concerned = super().concerns(rays)
+        concerned = torch.zeros(len(rays), dtype=torch.bool, device=rays.range_m.device)
         concerned[self._index.crossed(rays)[0]] = True
         return concerned
 
@@ -271,9 +268,6 @@ class LearnedFlow(StaticWorld):
                 now_m = then_m - self.velocity(now_m, batch) * elapsed_s
         now_m = then_m - self.velocity(now_m, batch) * elapsed_s
         return points_m.index_copy(0, neighbour, now_m), present
-
-    def concerns(self, rays: Rays) -> Tensor:
-        return rays.time_index != 0
 
     def asks_points(self, rays: Rays) -> Tensor:
         return rays.time_index != 0
