@@ -91,7 +91,7 @@ class NodeProcess:
         """SIGINT; seconds until it has exited."""
         begun_s = time.monotonic()
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=30)
         return time.monotonic() - begun_s
 
     def close(self) -> None:
@@ -120,10 +120,16 @@ class Vehicle:
         self._infos = [self.node.create_publisher(CameraInfo, f"/{c}/camera_info", qos) for c in CAMERAS]
         self._odometry = self.node.create_publisher(Odometry, "/odom", qos)
         self.diagnostics: list[DiagnosticArray] = []
-        self.listen(DiagnosticArray, "/diagnostics", self.diagnostics)
+        self.node.create_subscription(DiagnosticArray, "/diagnostics", self.diagnostics.append, QoSProfile(depth=20))
 
-    def listen(self, kind: type, topic: str, into: list) -> None:
-        self.node.create_subscription(kind, topic, into.append, QoSProfile(depth=20))
+    def hear(self, kind: type, topic: str) -> list:
+        """Subscribe; messages will be appended to the list that is returned. The node's publisher has matched then."""
+        heard: list = []
+        subscription = self.node.create_subscription(kind, topic, heard.append, QoSProfile(depth=20))
+        assert self.wait(subscription.get_publisher_count, 15)
+        # The other side learns of the match on its own, a moment sooner or later.
+        self.wait(lambda: False, 0.3)
+        return heard
 
     def is_heard(self) -> bool:
         """True when the node's subscriptions have matched."""

@@ -44,6 +44,9 @@ pytestmark = pytest.mark.integration
 START_NS = 1_532_402_927_612_460_000
 SWEEP_NS = 500_000_000
 JPEG = jpeg()
+# Deadlines are tested in the assembler's own tests; here a busy machine may delay an image by more than the default.
+PATIENT_MS = 5000.0
+PATIENT_S = 15.0
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +71,21 @@ def running(vehicle, tiny_bundle, calibration_file, tmp_path_factory):
         bundle=tiny_bundle,
         calibration_file=calibration_file,
         anchor_camera="CAM_FRONT",
+        deadline_ms=PATIENT_MS,
     )
     try:
-        change_state(vehicle.node, "occflownet", CONFIGURE, 20)
-        change_state(vehicle.node, "occflownet", ACTIVATE, 5)
+        change_state(vehicle.node, "occflownet", CONFIGURE, 2 * PATIENT_S)
+        change_state(vehicle.node, "occflownet", ACTIVATE, PATIENT_S)
         node.active_after_s = time.monotonic() - node.started_s
-        assert vehicle.wait(vehicle.is_heard, 5)
+        assert vehicle.wait(vehicle.is_heard, PATIENT_S)
         yield node
     finally:
         node.close()
 
 
-def drive(vehicle: Vehicle, received: list, sweeps: int, first: int = 0, **replaced) -> list[int]:
+def drive(
+    vehicle: Vehicle, received: list, sweeps: int, first: int = 0, answer_s: float = PATIENT_S, **replaced
+) -> list[int]:
     """Send sweeps one by one, each after the answer to the one before; stamps of the anchor images."""
     stamps = []
     for k in range(first, first + sweeps):
@@ -90,7 +96,7 @@ def drive(vehicle: Vehicle, received: list, sweeps: int, first: int = 0, **repla
         vehicle.send_images(stamp_ns, JPEG, **replaced)
         stamps.append(anchor_ns)
         before = len(received)
-        vehicle.wait(lambda before=before: len(received) > before, 3)
+        vehicle.wait(lambda before=before: len(received) > before, answer_s)
     return stamps
 
 
@@ -100,26 +106,24 @@ def test_importing_the_node_does_not_import_torch():
 
 
 def test_is_soon_active_and_small(running, vehicle):
-    wait_for_state(vehicle.node, "occflownet", ACTIVE, 2)
+    wait_for_state(vehicle.node, "occflownet", ACTIVE, PATIENT_S)
     # The bound that users are promised is 3 s; tests may share two cores with much else.
     assert running.active_after_s < 10
     assert psutil.Process(running.process.pid).memory_info().rss < 600e6
 
 
 def test_every_sweep_comes_back_with_its_stamp_and_frame(running, vehicle):
-    labels, clouds, voxels, costmaps, latency = [], [], [], [], []
-    vehicle.listen(UInt8MultiArray, "/occflownet/labels", labels)
-    vehicle.listen(PointCloud2, "/occflownet/occupancy", clouds)
-    vehicle.listen(MarkerArray, "/occflownet/voxels", voxels)
-    vehicle.listen(OccupancyGrid, "/occflownet/costmap", costmaps)
-    vehicle.listen(Float64, "/occflownet/latency/total", latency)
-    vehicle.wait(lambda: False, 0.5)  # let the subscriptions match
+    labels = vehicle.hear(UInt8MultiArray, "/occflownet/labels")
+    clouds = vehicle.hear(PointCloud2, "/occflownet/occupancy")
+    voxels = vehicle.hear(MarkerArray, "/occflownet/voxels")
+    costmaps = vehicle.hear(OccupancyGrid, "/occflownet/costmap")
+    latency = vehicle.hear(Float64, "/occflownet/latency/total")
     stamps = drive(vehicle, labels, 3)
     frames = [conversions.labels_from_message(message) for message in labels]
     assert [frame.stamp_ns for frame in frames] == stamps
     assert {frame.frame_id for frame in frames} == {"base_link"}
     assert frames[0].grid == OCC3D_GRID and frames[0].labels.shape == (200, 200, 16)
-    assert vehicle.wait(lambda: len(clouds) == len(costmaps) == len(latency) == 3 and voxels, 5)
+    assert vehicle.wait(lambda: len(clouds) == len(costmaps) == len(latency) == 3 and voxels, PATIENT_S)
     for messages in (clouds, costmaps):
         assert [conversions.nanoseconds(m.header.stamp) for m in messages] == stamps
         assert {m.header.frame_id for m in messages} == {"base_link"}
@@ -131,7 +135,7 @@ def test_every_sweep_comes_back_with_its_stamp_and_frame(running, vehicle):
 
 
 def test_diagnostics_are_good_then(running, vehicle):
-    assert vehicle.wait(lambda: vehicle.status("engine").get("sets processed") == "3", 3)
+    assert vehicle.wait(lambda: vehicle.status("engine").get("sets processed") == "3", PATIENT_S)
     assert vehicle.status("calibration")["level"] == DiagnosticStatus.OK
     assert vehicle.status("calibration")["tables built"] == "1"
     assert vehicle.status("ego motion")["reset first_set"] == "1"
@@ -141,12 +145,17 @@ def test_diagnostics_are_good_then(running, vehicle):
 
 
 def test_images_that_cannot_be_used_are_counted_and_named(running, vehicle):
-    labels = []
-    vehicle.listen(UInt8MultiArray, "/occflownet/labels", labels)
-    vehicle.wait(lambda: False, 0.5)
-    drive(vehicle, labels, 1, 3, but={0: b"no image at all", 2: JPEG[: len(JPEG) // 2], 4: jpeg(0, 800, 450)})
+    labels = vehicle.hear(UInt8MultiArray, "/occflownet/labels")
+    drive(
+        vehicle,
+        labels,
+        1,
+        3,
+        answer_s=1.0,
+        but={0: b"no image at all", 2: JPEG[: len(JPEG) // 2], 4: jpeg(0, 800, 450)},
+    )
     assert labels == []
-    assert vehicle.wait(lambda: vehicle.status("engine").get("sets undecodable") == "1", 3)
+    assert vehicle.wait(lambda: vehicle.status("engine").get("sets undecodable") == "1", PATIENT_S)
     for camera in (0, 2, 4):
         assert vehicle.status(f"camera {CAMERAS[camera]}")["undecodable"] == "1"
     assert "CAM_FRONT_LEFT: 15 bytes do not decode as an image" in running.log
@@ -157,12 +166,12 @@ def test_images_that_cannot_be_used_are_counted_and_named(running, vehicle):
 
 def test_parameters_while_running(running, vehicle):
     client = vehicle.node.create_client(SetParameters, "/occflownet/set_parameters")
-    client.wait_for_service(5)
+    client.wait_for_service(PATIENT_S)
 
     def set_parameter(name, value):
         request = SetParameters.Request(parameters=[Parameter(name, value=value).to_parameter_msg()])
         future = client.call_async(request)
-        assert vehicle.wait(future.done, 5)
+        assert vehicle.wait(future.done, PATIENT_S)
         return future.result().results[0]
 
     assert set_parameter("missing_cameras", "mask").successful
@@ -171,9 +180,7 @@ def test_parameters_while_running(running, vehicle):
     refused = set_parameter("bundle", "/elsewhere")
     assert not refused.successful and "bundle is fixed while the node is configured" in refused.reason
     # With masking, a sweep with a broken image is used after all.
-    labels = []
-    vehicle.listen(UInt8MultiArray, "/occflownet/labels", labels)
-    vehicle.wait(lambda: False, 0.5)
+    labels = vehicle.hear(UInt8MultiArray, "/occflownet/labels")
     drive(vehicle, labels, 1, 5, but={0: b"no image at all"})
     assert len(labels) == 1
     assert set_parameter("missing_cameras", "drop").successful
@@ -181,13 +188,11 @@ def test_parameters_while_running(running, vehicle):
 
 def test_zero_focal_length_stops_the_output_until_it_is_corrected(running, vehicle):
     vehicle.send_calibration(START_NS + 6 * SWEEP_NS, fx_px=0.0)
-    assert vehicle.wait(lambda: vehicle.status("calibration").get("level") == DiagnosticStatus.ERROR, 4)
+    assert vehicle.wait(lambda: vehicle.status("calibration").get("level") == DiagnosticStatus.ERROR, PATIENT_S)
     assert "focal lengths are fx = 0, fy = 0 px" in vehicle.status("calibration")["message"]
-    labels = []
-    vehicle.listen(UInt8MultiArray, "/occflownet/labels", labels)
-    vehicle.wait(lambda: False, 0.5)
+    labels = vehicle.hear(UInt8MultiArray, "/occflownet/labels")
     assert len(drive(vehicle, labels, 1, 7)) == len(labels) == 1  # drive() sends a good one
-    assert vehicle.wait(lambda: vehicle.status("calibration").get("level") == DiagnosticStatus.OK, 4)
+    assert vehicle.wait(lambda: vehicle.status("calibration").get("level") == DiagnosticStatus.OK, PATIENT_S)
 
 
 def test_cycles_do_not_pile_up(running, vehicle):
@@ -195,22 +200,20 @@ def test_cycles_do_not_pile_up(running, vehicle):
     counts = []
     for _ in range(4):
         for transition in (DEACTIVATE, CLEANUP, CONFIGURE, ACTIVATE):
-            change_state(vehicle.node, "occflownet", transition, 20)
+            change_state(vehicle.node, "occflownet", transition, 2 * PATIENT_S)
         counts.append((process.num_threads(), process.num_fds()))
     assert len(set(counts)) == 1
-    assert vehicle.wait(vehicle.is_heard, 5)
-    labels = []
-    vehicle.listen(UInt8MultiArray, "/occflownet/labels", labels)
-    vehicle.wait(lambda: False, 0.5)
+    assert vehicle.wait(vehicle.is_heard, PATIENT_S)
+    labels = vehicle.hear(UInt8MultiArray, "/occflownet/labels")
     assert len(drive(vehicle, labels, 1, 8)) == len(labels) == 1
-    change_state(vehicle.node, "occflownet", DEACTIVATE, 5)
-    assert state_of(vehicle.node, "occflownet", 2) == INACTIVE
-    change_state(vehicle.node, "occflownet", ACTIVATE, 5)
+    change_state(vehicle.node, "occflownet", DEACTIVATE, PATIENT_S)
+    assert state_of(vehicle.node, "occflownet", PATIENT_S) == INACTIVE
+    change_state(vehicle.node, "occflownet", ACTIVATE, PATIENT_S)
 
 
 def test_interrupt_ends_it_cleanly_in_the_middle_of_work(running, vehicle):
-    vehicle.listen(UInt8MultiArray, "/occflownet/labels", [])
-    assert vehicle.wait(vehicle.is_heard, 5)
+    vehicle.hear(UInt8MultiArray, "/occflownet/labels")
+    assert vehicle.wait(vehicle.is_heard, PATIENT_S)
     for k in range(9, 12):
         vehicle.send_calibration(START_NS + k * SWEEP_NS)
         vehicle.send_images(START_NS + k * SWEEP_NS, JPEG)
@@ -235,8 +238,8 @@ def test_configure_refuses_with_one_sentence(vehicle, tiny_bundle, tmp_path, val
     node = NodeProcess(tmp_path / "log.txt", **values)
     try:
         with pytest.raises(LifecycleError, match="refused 'configure'"):
-            change_state(vehicle.node, "occflownet", CONFIGURE, 20)
-        assert state_of(vehicle.node, "occflownet", 5) == UNCONFIGURED
+            change_state(vehicle.node, "occflownet", CONFIGURE, 2 * PATIENT_S)
+        assert state_of(vehicle.node, "occflownet", PATIENT_S) == UNCONFIGURED
         assert sentence in node.log and "Traceback" not in node.log
         assert node.interrupt() < 2
     finally:
@@ -246,16 +249,16 @@ def test_configure_refuses_with_one_sentence(vehicle, tiny_bundle, tmp_path, val
 def test_missing_calibration_is_named(vehicle, tiny_bundle, tmp_path):
     node = NodeProcess(tmp_path / "log.txt", bundle=tiny_bundle, calibration_timeout_s=0.5)
     try:
-        change_state(vehicle.node, "occflownet", CONFIGURE, 20)
-        change_state(vehicle.node, "occflownet", ACTIVATE, 5)
+        change_state(vehicle.node, "occflownet", CONFIGURE, 2 * PATIENT_S)
+        change_state(vehicle.node, "occflownet", ACTIVATE, PATIENT_S)
         silent = "no camera_info yet on /CAM_FRONT_LEFT/camera_info, /CAM_FRONT/camera_info"
-        assert vehicle.wait(lambda: silent in vehicle.status("calibration").get("message", ""), 5)
+        assert vehicle.wait(lambda: silent in vehicle.status("calibration").get("message", ""), PATIENT_S)
         assert vehicle.status("calibration")["level"] == DiagnosticStatus.ERROR
-        assert vehicle.wait(lambda: silent in node.log, 5)
-        assert vehicle.wait(vehicle.is_heard, 5)
+        assert vehicle.wait(lambda: silent in node.log, PATIENT_S)
+        assert vehicle.wait(vehicle.is_heard, PATIENT_S)
         vehicle.send_calibration(START_NS)
         frames = "no transform from base_link to CAM_FRONT_LEFT, CAM_FRONT, CAM_FRONT_RIGHT"
-        assert vehicle.wait(lambda: frames in vehicle.status("calibration").get("message", ""), 5)
+        assert vehicle.wait(lambda: frames in vehicle.status("calibration").get("message", ""), PATIENT_S)
     finally:
         node.close()
 
@@ -267,21 +270,19 @@ def test_raw_images_work_as_well(vehicle, tiny_bundle, calibration_file, tmp_pat
         "image_transport": "raw",
         "intrinsics_source": "calibration_file",
         "odom_topic": '""',
-        "deadline_ms": 3000.0,  # six times 4.3 MB from one Python process take their time
+        "deadline_ms": PATIENT_MS,
     }
     node = NodeProcess(tmp_path / "log.txt", bundle=tiny_bundle, calibration_file=calibration_file, **settings)
-    labels = []
-    vehicle.listen(UInt8MultiArray, "/occflownet/labels", labels)
     try:
-        change_state(vehicle.node, "occflownet", CONFIGURE, 20)
-        change_state(vehicle.node, "occflownet", ACTIVATE, 5)
-        assert vehicle.wait(lambda: all(p.get_subscription_count() for p in publishers), 5)
-        vehicle.wait(lambda: False, 0.5)
+        change_state(vehicle.node, "occflownet", CONFIGURE, 2 * PATIENT_S)
+        change_state(vehicle.node, "occflownet", ACTIVATE, PATIENT_S)
+        labels = vehicle.hear(UInt8MultiArray, "/occflownet/labels")
+        assert vehicle.wait(lambda: all(p.get_subscription_count() for p in publishers), PATIENT_S)
         message = Image(height=900, width=1600, encoding="bgr8", step=4800, data=array.array("B", image.tobytes()))
         for k, publisher in enumerate(publishers):
             message.header.stamp = conversions.time_message(START_NS + k * 8_000_000)
             publisher.publish(message)
-        assert vehicle.wait(lambda: labels, 5), [vehicle.status(f"camera {name}") for name in CAMERAS]
+        assert vehicle.wait(lambda: labels, PATIENT_S), [vehicle.status(f"camera {name}") for name in CAMERAS]
         assert conversions.labels_from_message(labels[0]).stamp_ns == START_NS  # the bundle's first camera opens sets
     finally:
         node.close()
