@@ -73,21 +73,31 @@ def street(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     centres = GRID.centres()  # [X, Y, Z, 3]
     x, y, z = np.moveaxis(centres, -1, 0)
-    depth_m = [-z, np.minimum(np.abs(y) - 6, 0.15 - z), np.abs(y) - 14 + 2 * np.sin(0.2 * x)]
-    labels = [label_of(name) for name in ("driveable_surface", "sidewalk", "manmade")]
+    inside = -z  # how deep a cell lies in the nearest thing, metres
+    label = np.full(GRID.shape, label_of("driveable_surface"))
+
+    def put(depth_m: np.ndarray, name: str, where: tuple[slice, ...] = (slice(None),) * 2) -> None:
+        deeper = depth_m > inside[where]
+        inside[where] = np.where(deeper, depth_m, inside[where])
+        label[where] = np.where(deeper, label_of(name), label[where])
+
+    def around(middle_m: np.ndarray, reach_m: float) -> tuple[slice, ...]:
+        low, high = (GRID.cells(np.append(middle_m[:2] + d, 0.0))[0] for d in (-reach_m, reach_m))
+        return tuple(slice(i, j + 1) for i, j in zip(low[:2], high[:2], strict=True))
+
+    put(np.minimum(np.abs(y) - 6, 0.15 - z), "sidewalk")
+    put(np.abs(y) - 14 + 2 * np.sin(0.2 * x), "manmade")
     for _ in range(40):
-        centre = np.array([random.uniform(-38, 38), random.choice([-4.5, -1.8, 1.8, 4.5]), 0.8])
-        if np.abs(centre[0]) > 6:
-            depth_m.append((np.array([2.2, 0.9, 0.8]) - np.abs(centres - centre)).min(axis=-1))
-            labels.append(label_of("car"))
+        middle = np.array([random.uniform(-38, 38), random.choice([-4.5, -1.8, 1.8, 4.5]), 0.8])
+        where = around(middle, 3.0)
+        if np.abs(middle[0]) > 6:
+            put((np.array([2.2, 0.9, 0.8]) - np.abs(centres[where] - middle)).min(axis=-1), "car", where)
     for _ in range(60):
-        trunk = np.array([random.uniform(-38, 38), random.choice([-8.0, 8.0])]) + random.uniform(-1, 1, 2)
-        crown = np.hypot(np.hypot(x - trunk[0], y - trunk[1]), z - 4)
-        depth_m.append(np.maximum(1.6 - crown, 0.3 - np.hypot(x - trunk[0], y - trunk[1])))
-        labels.append(label_of("vegetation"))
-    inside = np.stack(depth_m)
-    label = np.array(labels)[inside.argmax(axis=0)]
-    density = _FREE_PER_M + _SOLID_PER_M / (1 + np.exp(-np.clip(inside.max(axis=0) / _SOFT_M, -30, 30)))
+        middle = np.array([random.uniform(-38, 38), random.choice([-8.0, 8.0])]) + random.uniform(-1, 1, 2)
+        where = around(middle, 2.5)
+        aside = np.hypot(x[where] - middle[0], y[where] - middle[1])
+        put(np.maximum(1.6 - np.hypot(aside, z[where] - 4), 0.3 - aside), "vegetation", where)
+    density = _FREE_PER_M + _SOLID_PER_M / (1 + np.exp(-np.clip(inside / _SOFT_M, -30, 30)))
     logits = 4 * np.eye(OCCUPIED_CLASSES)[label] + random.normal(0, 0.5, (*GRID.shape, OCCUPIED_CLASSES))
     return (
         np.ascontiguousarray(density.transpose(2, 1, 0), dtype=np.float32),

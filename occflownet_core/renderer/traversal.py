@@ -5,12 +5,13 @@ A lattice is a field that is constant per cell, so its rendering integral has a 
 lists crossings (Amanatides and Woo 1987) for all rays at once, ``packed.integrate`` turns optical depths into weights and an
 expected range, ``packed.bag_logits`` adds up rows of logits. Lists are packed ray after ray; nothing is padded.
 
-What bounds the work, for R rays, M crossings (R = 32,768 street rays of 6 cameras: M is about 1.5 million until less
-than 1e-4 is left), K classes and C cells: logits are read once forward and once backward, 2 M K floats (200 MB), the
-gradient of the logits is written once, C K floats, and read-modified at M K; the crossing lists pass some 40 elementwise
-operations of M floats. All of it is memory traffic, about 1 GB a step, 0.1 s at the 10 GB/s that one desktop core
-streams; arithmetic is M K 6 FLOP, 0.2 GFLOP, and never the limit. ``benchmarks/rendering.py`` prints how far from that
-a machine is.
+What bounds the work, for R rays, M crossings, K classes and C cells (R = 32,768 street rays: M is 1.0 million until less
+than 1e-4 is left, 2.4 million to the grid's edge): rows of logits are read forward and backward and read, added to and
+written once more for their gradient, 4 M K floats; the table of logits is laid out once, and its gradient written and
+laid back, 6 C K floats. That is 0.5 GB of memory traffic for K = 17 and 640,000 cells; arithmetic, some 6 M K FLOP, is far
+below it. ``benchmarks/rendering.py`` measures the distance: 5 to 7 times that floor on two desktop-class cores. What is
+above it: the walk itself, some 25 passes over R-sized arrays for each of 100 to 300 turns (a third of the time), the sort
+by cell for the logits' gradient (a fifth), and some 30 passes over M-sized lists in ``integrate`` (a quarter).
 """
 
 from __future__ import annotations
