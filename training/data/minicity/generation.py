@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from occflownet_core.errors import DatasetError
 from training.data.minicity import calibration
-from training.data.minicity.keyframe import Keyframe, write_keyframe
+from training.data.minicity.keyframe import write_keyframe
 from training.data.minicity.naming import VERSION, Naming
 from training.data.minicity.tables import MAP_FILE, Scene, write_tables
 from training.data.minicity.world import World
@@ -62,20 +62,15 @@ def generate(
     _make_folders(root, force, write_semantics)
     processes = min(processes or os.cpu_count() or 1, scenes * keyframes)
     jobs = _jobs(scenes, keyframes, processes)
-    written: dict[tuple[int, int], Keyframe] = {}
+    written: dict[int, Scene] = {}
     with _bar(progress) as bar:
         task = bar.add_task("keyframes", total=scenes * keyframes)
         arguments = [
             (str(root), seed, scene, numbers, keyframes, image_size, write_semantics) for scene, numbers in jobs
         ]
-        for keyframe in _run(arguments, processes, lambda: bar.advance(task)):
-            written[keyframe.scene, keyframe.number] = keyframe
-    rows = []
-    for scene in range(scenes):
-        world = scene_world(seed, scene, keyframes)
-        actors = [(a.category, a.size_m.tolist(), a.attribute) for a in world.actors]
-        shown = [written[scene, k] for k in range(keyframes)]
-        rows.append(Scene(Naming(seed, scene), actors, shown, _description(world)))
+        for part in _run(arguments, processes, lambda: bar.advance(task)):
+            written.setdefault(part.naming.scene, part).keyframes.update(part.keyframes)
+    rows = [written[scene] for scene in range(scenes)]
     write_tables(root, seed, rows, *image_size)
     return root
 
@@ -138,10 +133,13 @@ def _work(
     size_px: tuple[int, int],
     write_semantics: bool,
     done: Callable[[], None] | None = None,
-) -> list[Keyframe]:
-    world, result = scene_world(seed, scene, keyframes), []
+) -> Scene:
+    """Write some keyframes of a scene; what the tables need of them."""
+    world, naming = scene_world(seed, scene, keyframes), Naming(seed, scene)
+    actors = [(a.category, a.size_m.tolist(), a.attribute) for a in world.actors]
+    result = Scene(naming, actors, {}, _description(world))
     for number in numbers:
-        result.append(write_keyframe(Path(root), world, Naming(seed, scene), number, size_px, write_semantics))
+        result.keyframes[number] = write_keyframe(Path(root), world, naming, number, size_px, write_semantics)
         (done or _tell)()
     return result
 
@@ -156,10 +154,10 @@ def _tell() -> None:
     _done_queue.put(1)
 
 
-def _run(arguments: list[tuple], processes: int, done: Callable[[], None]) -> Iterator[Keyframe]:
+def _run(arguments: list[tuple], processes: int, done: Callable[[], None]) -> Iterator[Scene]:
     if processes == 1:
         for job in arguments:
-            yield from _work(*job, done)
+            yield _work(*job, done)
         return
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
@@ -172,7 +170,7 @@ def _run(arguments: list[tuple], processes: int, done: Callable[[], None]) -> It
                 queue.get()
                 done()
             for future in finished:
-                yield from future.result()
+                yield future.result()
 
 
 def _bar(shown: bool) -> Progress:

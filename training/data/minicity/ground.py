@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from shapely import contains_xy, segmentize
+from shapely import contains_xy, prepare, segmentize
 from shapely.geometry import LineString, MultiPolygon, Point, Polygon
 from shapely.ops import unary_union
 
@@ -144,6 +144,7 @@ def _kerbs(site: Site, stone: int) -> None:
     ]
     face = concatenate(strip(ring, (0.0, KERB_M + 0.003), stone) for ring in rings)
     green = unary_union([plan.verge, plan.terrain]).buffer(0.05)
+    prepare(green)
     for part in (top, face):
         x, y = part.corners[..., :2].mean(axis=1).T
         site.ground.append(

@@ -17,7 +17,9 @@ from training.data.minicity.shading import Lit, Shader
 from training.data.minicity.world import World
 
 _EXTRA_SAMPLES = np.array([[0.25, 0.125], [-0.25, 0.375], [0.375, -0.25], [-0.125, -0.375]])
-_AMBIENT_STRIDE = 2
+_WIDE_PX = 1000
+"""From this image width on, pixels are fine enough for fewer samples each."""
+
 _NOISE_LEVELS = 1.6  # standard deviation of the sensor noise, grey levels
 
 
@@ -61,11 +63,12 @@ def render(
     color = _colors(shader, hits, origin, directions, sky_light.ravel())
     depth_m = np.where(found, hits.range_m * axial, np.inf).astype(np.float32)
     edges = np.flatnonzero(_edges(snapshot, hits, depth_m, shape))
-    color[edges] /= len(_EXTRA_SAMPLES) + 1
-    for dx, dy in _EXTRA_SAMPLES:
+    extra = _EXTRA_SAMPLES[:3] if width_px >= _WIDE_PX else _EXTRA_SAMPLES
+    color[edges] /= len(extra) + 1
+    for dx, dy in extra:
         around, _ = pixel_rays(camera, global_from_camera, columns[edges] + 0.5 + dx, rows[edges] + 0.5 + dy)
         more = snapshot.first_hits(_repeat(origin, len(edges)), around)
-        color[edges] += _colors(shader, more, origin, around, sky_light.ravel()[edges]) / (len(_EXTRA_SAMPLES) + 1)
+        color[edges] += _colors(shader, more, origin, around, sky_light.ravel()[edges]) / (len(extra) + 1)
     label = np.where(found, LABEL_FROM_LIDARSEG[category], FREE).astype(np.uint8)
     return Rendering(
         _sensor(color.reshape(*shape, 3), noise), label.reshape(shape), depth_m.reshape(shape), instance.reshape(shape)
@@ -110,7 +113,8 @@ def _ambient(
     shader: Shader, hits: Hits, origin: np.ndarray, directions: np.ndarray, shape: tuple[int, int]
 ) -> np.ndarray:
     """Open sky [H, W] at every pixel, from a coarser lattice, smoothed over surfaces of like distance."""
-    index = np.arange(shape[0] * shape[1]).reshape(shape)[::_AMBIENT_STRIDE, ::_AMBIENT_STRIDE]
+    stride = 4 if shape[1] >= _WIDE_PX else 2
+    index = np.arange(shape[0] * shape[1]).reshape(shape)[::stride, ::stride]
     row, column = np.indices(index.shape)
     pattern = ((row % 4) * 4 + column % 4).ravel()
     order = np.array([0, 8, 2, 10, 12, 4, 14, 6, 3, 11, 1, 9, 15, 7, 13, 5])

@@ -64,7 +64,7 @@ def pedestrian(rng: np.random.Generator, palette: Palette, category: str, walkin
             shirt,
         ),
         cylinder((0, 0, 1.46), (0.01, 0, 1.56), 0.06, skin, sides=6),
-        ellipsoid((0.02, 0, 1.62), (0.1, 0.085, 0.125), skin, 2),
+        ellipsoid((0.02, 0, 1.62), (0.1, 0.085, 0.125), skin, 1),
         ellipsoid((-0.015, 0, 1.66), (0.11, 0.095, 0.09), hair, 1),
     ]
     if rng.random() < 0.3 and not category.endswith("child"):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from occflownet_core.labels import LIDARSEG_NAMES
@@ -26,17 +27,24 @@ MAP_FILE = "maps/minicity.png"
 Table = list[dict]
 
 
+@dataclass(frozen=True)
 class Scene:
-    """What the tables need to know of a scene: its names, its actors, its keyframes and one line about it.
+    """What the tables need to know of a scene.
 
-    Args:
+    Attributes:
+        naming: its names and tokens.
         actors: (category, size length-width-height, attribute) of each actor.
+        keyframes: by number.
+        description: one line about it.
     """
 
-    def __init__(
-        self, naming: Naming, actors: list[tuple[str, list[float], str]], keyframes: list[Keyframe], description: str
-    ) -> None:
-        self.naming, self.actors, self.keyframes, self.description = naming, actors, keyframes, description
+    naming: Naming
+    actors: list[tuple[str, list[float], str]]
+    keyframes: dict[int, Keyframe]
+    description: str
+
+    def in_order(self) -> list[Keyframe]:
+        return [self.keyframes[number] for number in sorted(self.keyframes)]
 
 
 def write_tables(root: Path, seed: int, scenes: list[Scene], width_px: int, height_px: int) -> None:
@@ -124,7 +132,7 @@ def _add_scene(tables: dict[str, Table], scene: Scene, width_px: int, height_px:
             "description": scene.description,
         }
     )
-    for k, keyframe in enumerate(scene.keyframes):
+    for k, keyframe in enumerate(scene.in_order()):
         tables["sample"].append(
             {
                 "token": naming.sample(k),
@@ -177,7 +185,7 @@ def _add_sample_data(
 def _add_annotations(tables: dict[str, Table], scene: Scene) -> None:
     naming = scene.naming
     shown: dict[int, list[int]] = {}
-    for keyframe in scene.keyframes:
+    for keyframe in scene.in_order():
         for annotation in keyframe.annotations:
             shown.setdefault(annotation.actor, []).append(keyframe.number)
     for actor, keyframes in sorted(shown.items()):
@@ -190,7 +198,7 @@ def _add_annotations(tables: dict[str, Table], scene: Scene) -> None:
                 "last_annotation_token": naming.annotation(keyframes[-1], actor),
             }
         )
-    for keyframe in scene.keyframes:
+    for keyframe in scene.in_order():
         for a in keyframe.annotations:
             _, (length, width, height), attribute = scene.actors[a.actor]
             at = shown[a.actor].index(keyframe.number)

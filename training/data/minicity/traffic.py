@@ -95,8 +95,8 @@ def _flowing(crowd: Crowd, street: Street, index: int) -> None:
 def _special_traffic(crowd: Crowd) -> None:
     """A lorry with a trailer, a cyclist and a motorcyclist near the ego vehicle, in most scenes."""
     rng, palette, main = crowd.rng, crowd.palette, crowd.plan.main
-    lanes = [entry for entry in _lanes(crowd, main) if not entry[1]]
-    for path, _, _ in lanes:
+    # Oncoming, or it would drive beside the ego vehicle and hide half the world for the whole scene.
+    for path in (main.lane(number, forward=False) for number in range(main.lanes)):
         if rng.random() < 0.7:
             speed = Speed(rng.uniform(4, 8))
             start = path.project(crowd.ego_m[rng.integers(len(crowd.ego_m))]) + rng.uniform(-30, 25)

@@ -25,6 +25,15 @@ def _paint(rng: np.random.Generator, palette: Palette, choices: list, gloss: flo
     return palette.add(Material(rgb, stain=0.05, stain_m=1.0, gloss=gloss, echo=30))
 
 
+def _sheet(rng: np.random.Generator, palette: Palette) -> int:
+    """The panelled, a little dirty side of a lorry's box."""
+    rgb = varied(rng, LOAD_PAINTS[rng.integers(len(LOAD_PAINTS))], 0.1)
+    panel = (round(float(rng.uniform(0.6, 1.3)), 2), 20.0)
+    return palette.add(
+        Material(rgb, stain=0.09, stain_m=0.8, course_m=panel, course_gap_m=0.03, course_dark=0.22, gloss=0.05, echo=30)
+    )
+
+
 def _glass(palette: Palette) -> int:
     return palette.add(Material((0.012, 0.015, 0.018), gloss=0.55, echo=6))
 
@@ -40,7 +49,7 @@ def _wheels(
     parts = []
     for x in axles_m:
         for side in (-1, 1):
-            outer, inner = side * half_width_m, side * (half_width_m - width_m)
+            outer, inner = side * (half_width_m + 0.02), side * (half_width_m - width_m)
             parts.append(cylinder((x, inner, radius_m), (x, outer, radius_m), radius_m, rubber, sides=14))
             parts.append(
                 cylinder((x, outer - side * 0.05, radius_m), (x, outer, radius_m), 0.6 * radius_m, rim, sides=10).moved(
@@ -123,7 +132,7 @@ def truck(rng: np.random.Generator, palette: Palette) -> Mesh:
     length, width, height = round(length, 3), round(width, 3), round(height, 3)
     half, w = length / 2, width / 2
     cab_m = 1.9
-    paint, load, glass = _paint(rng, palette, LOAD_PAINTS), _paint(rng, palette, LOAD_PAINTS, 0.05), _glass(palette)
+    paint, load, glass = _paint(rng, palette, LOAD_PAINTS), _sheet(rng, palette), _glass(palette)
     dark = palette.plain((0.04, 0.04, 0.04))
     cab_top = min(2.7, height)
     parts = [
@@ -172,7 +181,7 @@ def trailer(rng: np.random.Generator, palette: Palette) -> Mesh:
     """A box trailer, drawn by a truck."""
     length, width, height = round(float(rng.uniform(7.5, 11.0)), 3), 2.5, round(float(rng.uniform(3.3, 3.8)), 3)
     half, w = length / 2, width / 2
-    load, dark = _paint(rng, palette, LOAD_PAINTS, 0.05), palette.plain((0.05, 0.05, 0.05))
+    load, dark = _sheet(rng, palette), palette.plain((0.05, 0.05, 0.05))
     ribs = palette.add(
         Material((0.55, 0.55, 0.53), cell_m=(1.2, 0), cell_fill=(0.06, 1), cell_rgb=(0.25, 0.25, 0.25), echo=30)
     )

@@ -24,7 +24,8 @@ from training.data.minicity.raycast import FAR_M
 from training.data.minicity.world import World
 
 _GROUND_PER_EDGE = 4  # ground samples per voxel edge
-_STATIC_WEIGHT, _ACTOR_WEIGHT = 2.0, 4.0
+# Samples of upright things are sparser than the ground's (100 per square metre) and count more than their area.
+_STATIC_WEIGHT, _ACTOR_WEIGHT = 3.5, 5.0
 _ABOVE_GROUND_M = 0.6
 
 
