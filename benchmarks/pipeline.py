@@ -45,10 +45,11 @@ def dense_bag(source: Path, target: Path, seconds: float = SECONDS, rate_hz: flo
     from rosbags.rosbag2 import StoragePlugin, Writer
 
     from occflownet_ros.bag import Bag
+    from occflownet_ros.nuscenes_messages import typestore
 
     with Bag(source) as bag:
         messages = [m for m in bag.messages() if m.topic.endswith(("_compressed", "/camera_info", "/odom"))]
-        types = {name: topic for name, topic in bag.topics.items()}
+        types = dict(bag.topics)
     anchors_ns = [m.time_ns for m in messages if m.topic == "/CAM_FRONT/image_rect_compressed"]
     nearest = [min(range(len(anchors_ns)), key=lambda k: abs(anchors_ns[k] - m.time_ns)) for m in messages]
     sets = int(seconds * rate_hz)
@@ -68,15 +69,9 @@ def dense_bag(source: Path, target: Path, seconds: float = SECONDS, rate_hz: flo
         connections = {}
         for time_ns, topic, data in restamped:
             if topic not in connections:
-                connections[topic] = _connection(writer, topic, types[topic])
+                connections[topic] = writer.add_connection(topic, types[topic].msgtype, typestore=typestore())
             writer.write(connections[topic], time_ns, data)
     return sets
-
-
-def _connection(writer, topic: str, recorded):
-    from rosbags.typesys import Stores, get_typestore
-
-    return writer.add_connection(topic, recorded.type, typestore=get_typestore(Stores.ROS2_HUMBLE))
 
 
 def measure_node(bag: Path, bundle: Path, calibration: Path, sets: int, logs: Path) -> tuple[list[Figure], dict]:

@@ -24,6 +24,7 @@ from launch_ros.event_handlers import OnStateTransition
 from launch_ros.events.lifecycle import ChangeState
 
 from launch import LaunchContext, LaunchDescription
+from occflownet_ros.transport import MALLOC_ENVIRONMENT, fastdds_profile
 
 Transition = lifecycle_msgs.msg.Transition
 
@@ -31,7 +32,7 @@ Transition = lifecycle_msgs.msg.Transition
 _SHARE = Path(__file__).resolve().parent.parent
 
 _ARGUMENTS = (
-    ("bundle", "", "Folder of the model bundle; required."),
+    ("bundle", str(_SHARE / "demo" / "bundle"), "Folder of the model bundle; the demo's unless given."),
     ("params_file", str(_SHARE / "config" / "occ.yaml"), "YAML file with the node's parameters."),
     ("calibration_file", "", "YAML file with the cameras' extrinsics; empty: extrinsics from /tf_static."),
     ("camera_namespaces", "", "Comma-separated namespaces, in the bundle's order; empty: /<camera of the bundle>."),
@@ -43,7 +44,7 @@ _ARGUMENTS = (
     ("rviz", "false", "true: RViz with cameras, voxels, cloud and tf."),
     (
         "fastdds_profile",
-        str(_SHARE / "config" / "fastdds.xml"),
+        fastdds_profile(),
         "Fast DDS profile with room for images; start the camera drivers with it too. Empty: Fast DDS's own.",
     ),
 )
@@ -56,13 +57,6 @@ _RVIZ_CAMERAS = (
     "CAM_BACK",
     "CAM_BACK_RIGHT",
 )
-
-# Big image buffers stay with the process instead of being paged in anew for every message.
-_MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "268435456",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",
-    "MALLOC_TOP_PAD_": "67108864",
-}
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -87,7 +81,7 @@ def generate_launch_description() -> LaunchDescription:
 
 def _environment(context: LaunchContext) -> list:
     profile = LaunchConfiguration("fastdds_profile").perform(context)
-    variables = {**_MALLOC, **({"FASTDDS_DEFAULT_PROFILES_FILE": profile} if profile else {})}
+    variables = {**MALLOC_ENVIRONMENT, **({"FASTDDS_DEFAULT_PROFILES_FILE": profile} if profile else {})}
     return [SetEnvironmentVariable(name, value) for name, value in variables.items()]
 
 

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     calibration = arguments.calibration or bag / "calibration.yaml"
     bundle = load_bundle(bundle_path)
     # rclpy is imported late: the transport's environment must stand before.
-    from occflownet_ros.replay import process_environment, replay_bag
+    from occflownet_ros.replay import EVERY_SET, process_environment, replay_bag
 
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     os.environ.setdefault("ROS_DOMAIN_ID", str(random.choice(_DOMAINS)))  # away from a vehicle's own graph
@@ -64,7 +64,12 @@ def run(arguments: argparse.Namespace) -> None:
     with console.status(f"playing {bag.name} through the node"):
         replay = replay_bag(
             bag,
-            {"bundle": str(bundle_path), "calibration_file": str(calibration), "labels_max_rate_hz": 0.0},
+            {
+                **EVERY_SET,
+                "bundle": str(bundle_path),
+                "calibration_file": str(calibration),
+                "anchor_camera": "CAM_FRONT" if "CAM_FRONT" in bundle.cameras else bundle.cameras[0],
+            },
             arguments.out,
             ("--rate", f"{arguments.rate:g}", "--no-progress"),
         )

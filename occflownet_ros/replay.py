@@ -26,11 +26,23 @@ from std_msgs.msg import Float64, UInt8MultiArray
 from occflownet_core.errors import OccflownetError
 from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_ros import lifecycle_client
+from occflownet_ros.bag import Bag
 from occflownet_ros.conversions import labels_from_message
 from occflownet_ros.publishers import STAGES
-from occflownet_ros.share import share_path
+from occflownet_ros.transport import image_environment
 
 NODE_NAME = "occflownet"
+
+EVERY_SET = {"deadline_ms": 10_000.0, "image_reliability": "reliable"}
+"""Node parameters for replays that want every set, however busy the machine is; a vehicle's defaults drop late ones."""
+
+# Only these are played: the player then waits until every one of them has a listener.
+_NODE_INPUTS = (
+    "sensor_msgs/msg/CompressedImage",
+    "sensor_msgs/msg/Image",
+    "sensor_msgs/msg/CameraInfo",
+    "nav_msgs/msg/Odometry",
+)
 
 _TRANSITION_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5.0
@@ -165,18 +177,8 @@ def stop_process(process: subprocess.Popen) -> int:
 
 
 def process_environment() -> dict[str, str]:
-    """The environment for processes that exchange images: Fast DDS with room in shared memory, and a calm malloc.
-
-    Fast DDS's own segment of 512 KB silently drops fragments of big images; glibc would give the big buffers back to
-    the system after each message and page them in again for the next.
-    """
-    ours = {
-        "FASTDDS_DEFAULT_PROFILES_FILE": str(share_path("config", "fastdds.xml")),
-        "MALLOC_MMAP_THRESHOLD_": "268435456",
-        "MALLOC_TRIM_THRESHOLD_": "1073741824",
-        "MALLOC_TOP_PAD_": "67108864",
-    }
-    return {**ours, **os.environ}
+    """What this process and its children run in; a user's own settings win."""
+    return {**image_environment(), **os.environ}
 
 
 @contextlib.contextmanager
@@ -246,7 +248,9 @@ def _activate(node: NodeProcess) -> None:
 
 
 def _play(bag: Path, arguments: tuple[str, ...], node: NodeProcess, replay: Replay) -> None:
-    command = [sys.executable, "-m", "occflownet_ros.bag_player", str(bag), *arguments]
+    with Bag(bag) as opened:
+        topics = [topic.name for topic in opened.topics.values() if topic.msgtype in _NODE_INPUTS]
+    command = [sys.executable, "-m", "occflownet_ros.bag_player", str(bag), *arguments, "--topics", *topics]
     started_s = time.monotonic()
     player = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=process_environment()

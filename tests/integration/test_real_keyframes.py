@@ -2,6 +2,7 @@
 """Real nuScenes keyframes through the whole path: data root -> bag -> player -> DDS -> node -> labels."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,12 +45,22 @@ def test_every_keyframes_labels_come_back(scene_name, nuscenes_real_root, tiny_b
     from occflownet_core.runtime.bundle import load_bundle
     from occflownet_core.runtime.engine import create_engine
     from occflownet_ros.nuscenes_to_bag import main as nuscenes_to_bag
-    from occflownet_ros.replay import replay_bag
+    from occflownet_ros.replay import EVERY_SET, replay_bag
 
     bag = tmp_path / scene_name
-    arguments = ["--dataroot", str(nuscenes_real_root), "--version", "v1.0-mini", "--scene", scene_name, "--out", str(bag)]
+    arguments = [
+        "--dataroot",
+        str(nuscenes_real_root),
+        "--version",
+        "v1.0-mini",
+        "--scene",
+        scene_name,
+        "--out",
+        str(bag),
+    ]
     assert nuscenes_to_bag(arguments) == 0
     parameters = {
+        **EVERY_SET,
         "bundle": str(tiny_bundle),
         "calibration_file": str(bag / "calibration.yaml"),
         "anchor_camera": "CAM_FRONT",
@@ -67,7 +78,7 @@ def test_every_keyframes_labels_come_back(scene_name, nuscenes_real_root, tiny_b
     engine = create_engine(bundle, "onnxruntime")
     engine.calibrate(load_rig(bag / "calibration.yaml"))
     transform = bundle.image_transform(1600, 900)
-    files = [data.get_sample_data_path(keyframes[0][camera]["token"]) for camera in bundle.cameras]
-    images = np.stack([transform.jpeg(open(file, "rb").read()) for file in files])
+    files = [Path(data.get_sample_data_path(keyframes[0][camera]["token"])) for camera in bundle.cameras]
+    images = np.stack([transform.jpeg(file.read_bytes()) for file in files])
     np.testing.assert_array_equal(replay.frames[expected_stamps_ns[0]].labels, engine.infer(images, None).labels)
     assert replay.set_counts()["processed"] == len(keyframes)
