@@ -9,8 +9,8 @@ What bounds the work, for R rays, M crossings, K classes and C cells (R = 32,768
 than 1e-4 is left, 2.4 million to the grid's edge): rows of logits are read forward and backward and read, added to and
 written once more for their gradient, 4 M K floats; the table of logits is laid out once, and its gradient written and
 laid back, 6 C K floats. That is 0.5 GB of memory traffic for K = 17 and 640,000 cells; arithmetic, some 6 M K FLOP, is far
-below it. ``benchmarks/rendering.py`` measures the distance: 5 to 7 times that floor on two desktop-class cores. What is
-above it: the walk itself, some 25 passes over R-sized arrays for each of 100 to 300 turns (a third of the time), the sort
+below it. ``benchmarks/rendering.py`` measures the distance: 7 times that floor where it was last measured. What is above
+it: the walk itself, some 25 passes over R-sized arrays for each of 100 to 300 turns (a third of the time), the sort
 by cell for the logits' gradient (a fifth), and some 30 passes over M-sized lists in ``integrate`` (a quarter).
 """
 
