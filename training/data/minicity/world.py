@@ -24,7 +24,7 @@ from training.data.minicity.traffic import populate
 _NEARBY_M = 115.0
 _STREETS, _SCENERY, _TRAFFIC, _LIGHT, _SAMPLES = range(5)
 _VISIBILITY_SAMPLES = 200
-_STATIC_SAMPLES_PER_M2, _ACTOR_SAMPLES_PER_M2 = 64.0, 128.0
+_STATIC_SAMPLES_PER_M2, _ACTOR_SAMPLES_PER_M2 = 64.0, 64.0
 
 
 @dataclass(frozen=True)
