@@ -249,7 +249,7 @@ def construction_vehicle(rng: np.random.Generator, palette: Palette) -> Mesh:
             block((-h, -h + 3.3), (-1.2, 1.2), (0.85, 1.9), paint),
             block((-h + 1.9, -h + 3.4), (0.1, 1.15), (1.0, 2.95), glass),
             block((-h + 1.85, -h + 3.45), (0.05, 1.2), (2.9, 3.0), paint),
-            block((-h, -h + 0.7), (-1.1, 1.1), (1.3, 2.05), dark),
+            block((-h - 0.03, -h + 0.7), (-1.1, 1.1), (1.3, 2.05), dark),
             hull(
                 [
                     (x, y, z)
