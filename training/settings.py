@@ -27,10 +27,10 @@ class DataSettings:
     """Which samples are learned from, and what is read of each.
 
     Attributes:
-        dataroot: folder of a data set in the nuScenes format.
+        dataroot: folder of a data set in the nuScenes format, or a list of such folders.
         version: its folder of tables; empty takes the only one there is.
         train_split, val_split: splits to learn from and to validate on.
-        val_dataroot: another data set to validate on; empty is the same one.
+        val_dataroot: another data set to validate on; empty is the (first) one above.
         rays: source of the labelled rays.
         horizon: rays come from this many keyframes before and after the current one (temporal rendering).
         no_return_rays: whether directions without an echo are rays too: free to the grid's edge.
@@ -40,7 +40,7 @@ class DataSettings:
         workers: processes that load data.
     """
 
-    dataroot: str = ""
+    dataroot: str | list[str] = ""
     version: str = ""
     train_split: str = "train"
     val_split: str = "val"

@@ -216,3 +216,33 @@ def test_labels_without_logit_are_refused():
 def test_impossible_configs_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         LossConfig(**changes)
+
+
+def test_return_loss_is_the_likelihood_of_the_return():
+    # Two rays with weights 0.2, 0.5, 0.3 in [0, 1), [1, 2), [2, 3), and one without a return.
+    three = samples([0, 0, 0, 1, 1, 1, 2], [0, 1, 2, 0, 1, 2, 0], [1] * 7, [0.2, 0.5, 0.3, 0.2, 0.5, 0.3, 0.9])
+    three.weight.requires_grad_()
+    range_m = torch.tensor([1.5, 1.9, math.inf], dtype=torch.float64)
+    # 0.2 m around 1.5 lies in the second interval; around 1.9, in the second and the third.
+    loss = losses.return_loss(three, range_m, None, 0.2)
+    assert loss.item() == pytest.approx((-math.log(0.5) - math.log(0.8)) / 2)
+    loss.backward()
+    assert three.weight.grad.tolist() == pytest.approx([0, -1 / 0.5 / 2, 0, 0, -1 / 0.8 / 2, -1 / 0.8 / 2, 0])
+    weighted = losses.return_loss(three, range_m, torch.tensor([2.0, 1.0]), 0.2)
+    assert weighted.item() == pytest.approx((-2 * math.log(0.5) - math.log(0.8)) / 2)
+
+
+def test_return_loss_tells_a_wall_from_a_haze_of_the_same_range():
+    # Half before, half behind: the range is right, the place is not.
+    haze, wall = (samples([0, 0, 0], [0, 4, 8], [2, 2, 2], weight) for weight in ([0.5, 0, 0.5], [0, 1, 0]))
+    at = torch.tensor([5.0], dtype=torch.float64)
+    assert losses.return_loss(wall, at, None, 0.2).item() == 0
+    assert losses.return_loss(haze, at, None, 0.2).item() == pytest.approx(math.log(1e4))
+
+
+def test_return_loss_is_a_term_where_it_weighs_something():
+    ray = rays([1.5], [4])
+    seen = replace(rendered([1.5], [[0.0] * 17], [1.0]), samples=samples([0, 0], [0, 1], [1, 1], [0.5, 0.5]))
+    config = replace(NOTHING, return_weight=2.0, class_weighted=False)
+    assert losses.ray_losses(seen, ray, config)["return"].item() == pytest.approx(2 * math.log(2))
+    assert "return" not in losses.ray_losses(seen, ray, NOTHING)
