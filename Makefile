@@ -47,6 +47,8 @@ test: $(STAMPS)-test
 
 bench: $(STAMPS)-test
 	$(BIN)/python -m benchmarks.pipeline --out out/bench
+	$(BIN)/python -m benchmarks.data --out out/bench
+	$(BIN)/python -m benchmarks.rendering --out out/bench
 
 lint: $(STAMPS)-test
 	$(BIN)/ruff check .

@@ -52,6 +52,8 @@ train = [
     "nuscenes-devkit>=1.1.11",
     "trimesh>=4.5",
     "embreex>=2.17.7",
+    "mapbox_earcut>=1.0",
+    "shapely>=2",
     "scipy>=1.10",
 ]
 test = [
