@@ -132,7 +132,7 @@ class OccupancyData(pl.LightningDataModule):
             raise DatasetError(f"{len(self.train)} training samples are too few for {ranks} processes; use fewer")
         sampler = EpochSampler(len(self.train), self.config.trainer.seed, rank=rank, ranks=ranks)
         batches = EndlessBatches(sampler, self.config.trainer.batch_size)
-        batches.first_batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        batches.first_batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
         return self._loader(ResumableLoader, self.train, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader:

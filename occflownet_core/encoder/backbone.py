@@ -61,6 +61,11 @@ class ImageEncoder(nn.Module):
             self.backbone = timm.create_model(
                 config.name, pretrained=config.pretrained, features_only=True, out_indices=config.out_indices
             )
+        except OSError as error:
+            raise ConfigError(
+                f"weights of backbone '{config.name}' cannot be downloaded ({str(error).splitlines()[0]}); "
+                "set pretrained: false, or run once with a connection"
+            ) from None
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(

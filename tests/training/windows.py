@@ -127,7 +127,7 @@ class WallData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         batches = EndlessBatches(EpochSampler(len(self.train)), self.config.trainer.batch_size)
-        batches.first_batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        batches.first_batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
         return ResumableLoader(self.train, batch_sampler=batches, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader:

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs: resuming, interrupts, full disks, wrong configurations, and the command line on a MiniCity."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from windows import WallData, Walls, small_config
+
+from occflownet_core.errors import ConfigError, TrainingError
+from training import fit as fit_module
+from training.callbacks import BEST, LAST
+from training.checkpoint import load_checkpoint
+from training.data.batch import EpochSampler
+from training.fit import fit, main
+from training.loaders import EndlessBatches
+from training.settings import TrainingConfig, with_bases
+
+CONFIGS = Path(fit_module.__file__).parent / "configs"
+
+
+def run(out: Path, steps: int, resume: Path | None = None, **trainer) -> dict[str, torch.Tensor]:
+    """Train on walls; the raw (not averaged) weights and the averaged ones after the last step."""
+    config = small_config(out, trainer={"max_steps": steps, "checkpoint_steps": 2, **trainer})
+    fit(config, resume, WallData)
+    content = torch.load(out / LAST, weights_only=True)
+    averaged = {f"averaged {name}": value for name, value in content["state_dict"].items()}
+    return {**content["current_model_state"], **averaged}
+
+
+def test_a_resumed_run_ends_in_the_same_numbers(tmp_path):
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "half", 2)
+    resumed = run(tmp_path / "half", 4, resume=tmp_path / "half" / LAST)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    other = run(tmp_path / "other", 4, seed=1)
+    assert any(not torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_a_run_resumed_from_a_crash_between_checkpoints_ends_in_the_same_numbers(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", 7)
+
+    class Crashing(Walls):
+        def __getitem__(self, item):
+            if item[1] == 1 and item[0] == 3:  # somewhere in the second epoch of 4 steps
+                raise OSError("the disk is gone")
+            return super().__getitem__(item)
+
+    config = small_config(tmp_path / "crashed", trainer={"max_steps": 7, "checkpoint_steps": 2})
+    with pytest.raises(OSError, match="the disk is gone"):
+        fit(config, None, lambda c, lift: WallData(c, lift, Crashing(lift)))
+    resumed = run(tmp_path / "crashed", 7, resume=tmp_path / "crashed" / LAST)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_batches_go_on_where_they_stopped():
+    batches = EndlessBatches(EpochSampler(5), 2)
+    stream = iter(batches)
+    first = [next(stream) for _ in range(6)]
+    assert sorted(i for batch in first for i, e in batch if e == 0) == [0, 1, 2, 3, 4]
+    assert [e for batch in first for _, e in batch] == [0] * 5 + [1] * 5 + [2] * 2
+    batches.first_batch = 4
+    later = iter(batches)
+    assert [next(later) for _ in range(2)] == first[4:]
+
+
+def test_what_a_checkpoint_carries(tmp_path):
+    config = small_config(tmp_path / "run", trainer={"max_steps": 4, "val_steps": 2})
+    fit(config, None, WallData)
+    best, last = load_checkpoint(tmp_path / "run" / BEST), load_checkpoint(tmp_path / "run" / LAST)
+    assert last.training_config == config
+    assert last.provenance["steps"] == 4 and best.provenance["steps"] in (2, 4)
+    assert last.provenance["supervision"].startswith("2D labels only") and last.provenance["dataset"] == "made-up"
+    assert last.model_config.occupancy_threshold == last.provenance["validation"]["threshold"]
+    yaml.safe_dump(last.provenance)  # plain values only
+    averaged = torch.load(tmp_path / "run" / LAST, weights_only=True)["state_dict"]
+    assert torch.equal(
+        last.model().state_dict()["decoder.density_head.0.weight"], averaged["model.decoder.density_head.0.weight"]
+    )
+    saved = TrainingConfig.from_yaml(tmp_path / "run" / "config.yaml")
+    assert saved == config
+
+
+def test_without_averaging_too(tmp_path):
+    config = small_config(tmp_path, optimizer={"ema_decay": 0.0}, trainer={"max_steps": 2})
+    fit(config, None, WallData)
+    assert not load_checkpoint(tmp_path / LAST).provenance["averaged_weights"]
+
+
+def test_an_earlier_run_is_not_written_over(tmp_path):
+    run(tmp_path, 2)
+    with pytest.raises(TrainingError, match="is there from an earlier run; go on with --resume last"):
+        run(tmp_path, 2)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    run(tmp_path, 2)
+    config = small_config(tmp_path)
+    model = dataclasses.replace(config.model, lift_slots=1)
+    with pytest.raises(TrainingError, match=r"its model\.lift_slots is 2, here it is 1"):
+        fit(dataclasses.replace(config, model=model), tmp_path / LAST, WallData)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, "there is no checkpoint"), (b"PK nonsense", "cannot be read"), ({"epoch": 1}, "is no checkpoint of this")],
+)
+def test_files_that_are_no_checkpoints(tmp_path, content, sentence):
+    path = tmp_path / "x.ckpt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save(content, path)
+    with pytest.raises(TrainingError, match=sentence):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_cut_short(tmp_path):
+    run(tmp_path, 2)
+    path = tmp_path / LAST
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(TrainingError, match=r"cannot be read .* it was cut short"):
+        load_checkpoint(path)
+
+
+def test_time_ends_a_run(tmp_path):
+    config = small_config(tmp_path, trainer={"max_steps": 100_000, "max_minutes": 0.02, "log_steps": 1000})
+    trainer = fit(config, None, WallData)
+    assert 0 < trainer.global_step < 100_000
+    assert load_checkpoint(tmp_path / LAST).provenance["steps"] == trainer.global_step
+    assert "threshold" in load_checkpoint(tmp_path / LAST).provenance["validation"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_understood(path):
+    config = TrainingConfig.from_yaml(path)
+    assert TrainingConfig.from_dict(config.to_dict()) == dataclasses.replace(config)
+
+
+def test_each_variant_changes_what_its_name_says():
+    variants = {name: TrainingConfig.from_yaml(CONFIGS / f"minicity_tiny{name}.yaml") for name in
+                ("", "_3d", "_2d3d", "_filter", "_static", "_single")}  # fmt: skip
+    kinds = {name: (c.supervision.kind, c.motion.kind, c.data.horizon) for name, c in variants.items()}
+    assert kinds == {
+        "": ("2d", "box_flow", 3),
+        "_3d": ("3d", "box_flow", 3),
+        "_2d3d": ("2d3d", "box_flow", 3),
+        "_filter": ("2d", "filter", 3),
+        "_static": ("2d", "static", 3),
+        "_single": ("2d", "static", 0),
+    }
+    assert len({repr((c.model, c.optimizer, c.trainer)) for c in variants.values()}) == 1
+
+
+def test_bases_come_first_and_later_keys_win(tmp_path):
+    (tmp_path / "a.yaml").write_text("trainer: {batch_size: 3, seed: 4}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\ntrainer: {seed: 5}\n")
+    names = [argument.rpartition("/")[2] for argument in with_bases(["--config", str(tmp_path / "b.yaml")])]
+    assert names == ["a.yaml", "b.yaml"]
+    config = TrainingConfig.from_yaml(tmp_path / "b.yaml")
+    assert (config.trainer.batch_size, config.trainer.seed) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "sentence"),
+    [
+        ("trainer: {max_step: 1}", [], "'max_step'"),
+        ("trainers: {seed: 1}", [], "trainers"),
+        ("motion: {kind: fast}", [], "motion.kind"),
+        ("base: c.yaml", [], "is based on itself"),
+        ("- a list", [], "holds no table of keys"),
+        ("a: [", [], "cannot be read"),
+        ("trainer: {batch_size: 0}", [], "trainer.batch_size is 0; give a value from 1"),
+        ("{}", ["--optimizer.learning_rate", "fast"], "optimizer.learning_rate"),
+        ("{}", ["--optimiser.learning_rate", "1"], "--optimiser.learning_rate"),
+        ("{}", [], "data.dataroot is not given"),
+        ("{}", ["--data.dataroot", "/nowhere"], "no folder with tables"),
+        ("{}", ["--data.dataroot", "/nowhere", "--data.version", "v1.0-mini"], "there are no tables at"),
+        ("{}", ["--resume", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
+        ("model: {backbone: {name: resnet9000, pretrained: false}}", [], "backbone 'resnet9000'"),
+    ],
+)
+def test_user_errors_are_one_sentence(tmp_path, capsys, content, arguments, sentence):
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    (tmp_path / "offline.yaml").write_text("model: {backbone: {pretrained: false}}")
+    assert (
+        main(
+            [
+                "--config",
+                str(tmp_path / "offline.yaml"),
+                "--config",
+                str(path),
+                "--trainer.out",
+                str(tmp_path / "out"),
+                *arguments,
+            ]
+        )
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert sentence in error and error.startswith("fit: ") and len(error.splitlines()) == 1
+    assert "Traceback" not in error
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert exit_info.value.code == 0
+    for phrase in (
+        "--resume last",
+        "--trainer.max_minutes",
+        "tensorboard --logdir",
+        "moves what is inside" if False else "box_flow",
+    ):
+        assert phrase in text
+
+
+def test_wrong_machine_is_one_sentence(tmp_path):
+    config = small_config(tmp_path, trainer={"accelerator": "abacus"})
+    with pytest.raises(ConfigError, match=r"trainer: .*abacus"):
+        fit(config, None, WallData)
