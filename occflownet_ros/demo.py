@@ -21,6 +21,7 @@ from occflownet_core.errors import OccflownetError
 from occflownet_core.labels import CLASS_NAMES, COLORS_RGB, FREE
 from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_core.runtime.bundle import Bundle, load_bundle
+from occflownet_ros.ground_truth import score
 from occflownet_ros.share import share_path
 
 _PICTURE_WIDTH_PX = 1614
@@ -77,6 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
         engine = replay.diagnostics.get("engine", {}).get("message", "it sent no diagnostics")
         raise OccflownetError(f"the node published no voxels ({engine}); see {arguments.out / 'node.log'}")
     report = summary(replay, bundle, bag)
+    report["score"] = score(replay.frames, bag)
     report["seconds"] = round(time.monotonic() - started_s, 2)
     (arguments.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     frame = most_telling(list(replay.frames.values()))
@@ -87,12 +89,13 @@ def run(arguments: argparse.Namespace) -> None:
 def summary(replay, bundle: Bundle, bag: Path) -> dict:
     """The report as plain values."""
     frames = list(replay.frames.values())
+    counts = replay.set_counts()
     voxels = np.array([np.bincount(f.labels.ravel(), minlength=FREE + 1)[:FREE] for f in frames])
     return {
         "bag": bag.name,
         "bundle": bundle.name,
         "model": bundle.provenance,
-        "sets": replay.set_counts(),
+        "sets": {"received": counts.pop("opened", len(frames)), **counts},
         "results_received": len(frames),
         "latency_ms": {
             stage: {"p50": round(p50, 2), "p99": round(p99, 2)}
@@ -155,26 +158,39 @@ def images_at(bag: Path, stamp_ns: int, cameras: tuple[str, ...]) -> dict[str, n
 
 
 def print_report(report: dict, out: Path) -> None:
-    sets = report["sets"]
     table = Table(title=f"{report['bag']} through {report['bundle']}", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    for name, count in sets.items():
-        table.add_row(f"sets {name.replace('_', ' ')}", f"{count:,}")
+    table.add_column(no_wrap=True, justify="right")
+    sets = report["sets"]
+    table.add_row("sets received", f"{sets['received']}")
+    table.add_row("sets processed", f"{sets['processed']}")
+    table.add_row("sets dropped", f"{sets['received'] - sets['processed']}")
     table.add_section()
+    table.add_row("[dim]latency[/]", "[dim]p50 / p99[/]")
     for stage, latency in report["latency_ms"].items():
-        table.add_row(f"{stage} p50 / p99", f"{latency['p50']:.1f} / {latency['p99']:.1f} ms")
+        table.add_row(stage, f"{latency['p50']:.1f} / {latency['p99']:.1f} ms")
     table.add_section()
-    per_class = sorted(report["occupied_voxels_per_set"].items(), key=lambda item: -item[1])
-    for name, count in per_class:
+    table.add_row("[dim]class[/]", "[dim]voxels per set[/]")
+    for name, count in sorted(report["occupied_voxels_per_set"].items(), key=lambda item: -item[1]):
         if count:
             swatch = "#{:02x}{:02x}{:02x}".format(*COLORS_RGB[CLASS_NAMES.index(name)])
-            table.add_row(f"[{swatch}]█[/] {name.replace('_', ' ')}", f"{count:,.0f} voxels")
+            table.add_row(f"[{swatch}]\u2588\u2588[/] {name.replace('_', ' ')}", f"{count:,.0f}")
+    if report["score"]:
+        table.add_section()
+        table.add_row("[dim]against the bag's ground truth[/]", "")
+        for name, value in headline(report["score"]).items():
+            table.add_row(name, "-" if value is None else f"{100 * value:.1f} %")
     console.print(table)
-    note = report["model"].get("note")
-    if note:
-        console.print(note)
+    if report["model"].get("note"):
+        console.print(report["model"]["note"])
     console.print(f"{out / 'voxels.png'}, {out / 'report.json'}")
+
+
+def headline(scores: dict) -> dict[str, float | None]:
+    """The few numbers of a score that a table has room for."""
+    masked = scores["camera_mask"]
+    shown = {"mIoU, 17 classes, camera mask": masked["miou_17"], "occupied or free, IoU": masked["geometric_iou"]}
+    return {**shown, **({"RayIoU": scores["rays"]["ray_iou"]} if "rays" in scores else {})}
 
 
 def main(argv: list[str] | None = None) -> int:
