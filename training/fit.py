@@ -43,6 +43,10 @@ Every key of the configuration is an option. In trainer.out: last.ckpt and best.
 validation mIoU), config.yaml as it was run, and logs for `tensorboard --logdir`."""
 
 
+# Backbones come with stages behind the last level that is asked for; plain DDP waits for their gradients forever.
+_STRATEGIES = {"ddp": "ddp_find_unused_parameters_true"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = make_parser(DESCRIPTION)
@@ -51,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, options = parse(sys.argv[1:] if arguments is None else arguments, parser)
         trainer = fit(config, _resume_path(options.resume, config))
     except OccflownetError as error:
-        print(f"fit: {error}", file=sys.stderr)
+        print(f"fit: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         trainer = None
@@ -122,7 +126,7 @@ def make_trainer(config: TrainingConfig, data: OccupancyData) -> pl.Trainer:
             accelerator=settings.accelerator,
             devices=settings.devices,
             num_nodes=settings.nodes,
-            strategy=settings.strategy,
+            strategy=_STRATEGIES.get(settings.strategy, settings.strategy),
             precision=settings.precision,
             max_epochs=-1,
             max_steps=data.total_steps,
@@ -142,6 +146,11 @@ def make_trainer(config: TrainingConfig, data: OccupancyData) -> pl.Trainer:
     except (MisconfigurationException, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"trainer: {reason}") from None
+
+
+def _sentence(error: OccflownetError) -> str:
+    """The error's own sentence; one from a loader process comes with that process's traceback before it."""
+    return str(error).strip().rpartition(f"{type(error).__module__}.{type(error).__name__}: ")[2]
 
 
 def _resume_path(resume: str | None, config: TrainingConfig) -> Path | None:

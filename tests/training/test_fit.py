@@ -2,6 +2,8 @@
 """Whole runs: resuming, interrupts, full disks, wrong configurations, and the command line on a MiniCity."""
 
 import dataclasses
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from windows import WallData, Walls, small_config
 
 from occflownet_core.errors import ConfigError, TrainingError
+from occflownet_core.model import OccFlowNet
 from training import fit as fit_module
 from training.callbacks import BEST, LAST
 from training.checkpoint import load_checkpoint
 from training.data.batch import EpochSampler
 from training.fit import fit, main
-from training.loaders import EndlessBatches
+from training.loaders import EndlessBatches, OccupancyData
 from training.settings import TrainingConfig, with_bases
 
 CONFIGS = Path(fit_module.__file__).parent / "configs"
@@ -67,6 +70,40 @@ def test_batches_go_on_where_they_stopped():
     batches.first_batch = 4
     later = iter(batches)
     assert [next(later) for _ in range(2)] == first[4:]
+
+
+TWO_PROCESSES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from windows import WallData, small_config
+from training.fit import fit
+settings = {"max_steps": 3, "batch_size": 1, "devices": 2, "strategy": "ddp", "val_steps": 3}
+trainer = fit(small_config(Path(sys.argv[2]), trainer=settings), None, WallData)
+weights = sum(p.detach().double().abs().sum().item() for p in trainer.lightning_module.parameters())
+print(f"rank {trainer.global_rank} of {trainer.world_size}: weights {weights!r}", flush=True)
+"""
+
+
+def test_two_processes_learn_one_model(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    here, root = Path(__file__).parent, CONFIGS.parent.parent
+    command = [sys.executable, str(script), str(here), str(tmp_path / "out")]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    ends = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert [line.split(":")[0] for line in ends] == ["rank 0 of 2", "rank 1 of 2"]
+    assert len({line.split(":")[1] for line in ends}) == 1  # gradients were averaged: one and the same model
+    provenance = load_checkpoint(tmp_path / "out" / LAST).provenance
+    assert provenance["steps"] == 3 and provenance["batch_size"] == 2
+    assert done.stdout.count("validation at step 3") == 1
+    # One process that sees both samples in each step would batch-normalise them together, so numbers differ from it.
+    alone = run(tmp_path / "alone", 3, batch_size=1)
+    both = torch.load(tmp_path / "out" / LAST, weights_only=True)["current_model_state"]
+    assert any(not torch.equal(alone[name], both[name]) for name in both)
 
 
 def test_what_a_checkpoint_carries(tmp_path):
@@ -206,6 +243,61 @@ def test_user_errors_are_one_sentence(tmp_path, capsys, content, arguments, sent
     error = capsys.readouterr().err
     assert sentence in error and error.startswith("fit: ") and len(error.splitlines()) == 1
     assert "Traceback" not in error
+
+
+SMALL = """
+model: {working_coarsening: 8, image_width_px: 64, image_height_px: 32, volume: {widths: [16], blocks: [1]},
+        backbone: {name: test_efficientnet, pretrained: false, out_indices: [2, 3], channels: 16}}
+data: {workers: 0, version: v1.0-tiny}
+supervision: {rays_per_step: 200}
+trainer: {max_steps: 2, batch_size: 1, val_steps: 1, val_samples: 1, picture_steps: 1, checkpoint_steps: 1, threads: 1,
+          accelerator: cpu}
+"""
+
+
+@pytest.mark.parametrize("name", ["nuscenes_tiny", "nuscenes_tiny_2d3d"])
+def test_command_line_on_a_data_root(tiny_root, tmp_path, capsys, name):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    configs = ["--config", str(CONFIGS / f"{name}.yaml"), "--config", str(tmp_path / "small.yaml")]
+    options = [*configs, "--data.dataroot", str(tiny_root.path), "--trainer.out", str(tmp_path / "out")]
+    assert main(options) == 0
+    assert "val/miou" in capsys.readouterr().out
+    assert main(options) == 2 and "go on with --resume last" in capsys.readouterr().err
+    assert main([*options, "--resume", "last", "--trainer.max_steps", "3"]) == 0
+    assert load_checkpoint(tmp_path / "out" / LAST).provenance["steps"] == 3
+    events = [path for path in (tmp_path / "out" / "logs").iterdir() if path.name.startswith("events")]
+    tags = {tag for path in events for tag in picture_tags(path)}
+    assert any(tag.startswith("cameras") for tag in tags) and any(tag.startswith("voxels") for tag in tags)
+
+
+def picture_tags(path: Path) -> list[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(path))
+    events.Reload()
+    return events.Tags()["images"]
+
+
+def test_several_roots_are_one_stream(tiny_root, tmp_path):
+    config = TrainingConfig.from_yaml(CONFIGS / "nuscenes_tiny.yaml")
+    data = dataclasses.replace(config.data, dataroot=[str(tiny_root.path)] * 2, version="v1.0-tiny")
+    config = dataclasses.replace(config, data=data)
+    both = OccupancyData(config, OccFlowNet(config.model).lift_spec).train
+    assert len(both) == 8  # 5 keyframes in the training scene: 4 windows of two, twice
+    first, second = both[(3, 5)][-1], both[(7, 5)][-1]
+    assert first.token == second.token == "tiny-0001-4"
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_missing_labels_name_file_and_split(own_tiny_root, tmp_path, capsys, workers):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    configs = ["--config", str(CONFIGS / "nuscenes_tiny_3d.yaml"), "--config", str(tmp_path / "small.yaml")]
+    for labels in own_tiny_root.path.glob("gts/*/*/labels.npz"):
+        labels.unlink()
+    options = ["--data.dataroot", str(own_tiny_root.path), "--trainer.out", str(tmp_path / "out")]
+    assert main([*configs, *options, "--data.workers", workers]) == 2
+    error = capsys.readouterr().err
+    assert "labels.npz are missing (split 'train')" in error and len(error.splitlines()) == 1
 
 
 def test_help_teaches(capsys):

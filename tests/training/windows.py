@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from occflownet_core.boxes import MovingBoxes
 from occflownet_core.camera import Camera, CameraRig
@@ -126,12 +126,14 @@ class WallData(pl.LightningDataModule):
         self.total_steps = config.trainer.max_steps
 
     def train_dataloader(self) -> DataLoader:
-        batches = EndlessBatches(EpochSampler(len(self.train)), self.config.trainer.batch_size)
+        sampler = EpochSampler(len(self.train), rank=self.trainer.global_rank, ranks=self.trainer.world_size)
+        batches = EndlessBatches(sampler, self.config.trainer.batch_size)
         batches.first_batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
         return ResumableLoader(self.train, batch_sampler=batches, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.validation, batch_size=1, collate_fn=collate)
+        mine = Subset(self.validation, range(self.trainer.global_rank, len(self.validation), self.trainer.world_size))
+        return DataLoader(mine, batch_size=1, collate_fn=collate)
 
     def validation_rig(self, token: str) -> CameraRig:
         return rig()
