@@ -19,7 +19,7 @@ from training.data.minicity.voxels import occupancy
 from training.data.minicity.world import World, keyframe_time_s
 
 _ANNOTATED_WITHIN_M = 100.0
-_JPEG_QUALITY = 92
+_JPEG_QUALITY = 80
 _ON_SURFACE_M = 0.05
 DEPTH_UNIT_M = 0.01
 """Metres per count of the depth PNGs that ``write_semantics`` adds; 0 is sky or beyond 655 m."""
