@@ -46,9 +46,10 @@ ros = [
 export = ["torch>=2.6", "timm>=1.0", "onnx>=1.17", "onnxscript>=0.3", "safetensors>=0.4"]
 train = [
     *export,
-    "lightning>=2.4",
+    "lightning>=2.6",
     "jsonargparse[signatures]>=4.49",
     "tensorboard>=2.16",
+    "matplotlib>=3.6",
     "nuscenes-devkit>=1.1.11",
     "trimesh>=4.5",
     "embreex>=2.17.7",

@@ -126,7 +126,7 @@ class Vehicle:
         """Subscribe; messages will be appended to the list that is returned. The node's publisher has matched then."""
         heard: list = []
         subscription = self.node.create_subscription(kind, topic, heard.append, QoSProfile(depth=20))
-        assert self.wait(subscription.get_publisher_count, 15)
+        assert self.wait(subscription.get_publisher_count, 60)
         # The other side learns of the match on its own, a moment sooner or later.
         self.wait(lambda: False, 0.3)
         return heard
