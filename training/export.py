@@ -271,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle; an older bundle is replaced")
     parser.add_argument("--occupancy-threshold", type=float, help="instead of the configuration's, probability 0..1")
     parser.add_argument("--with-weights", action="store_true", help="add the weights, for the engine 'torch'")
+    parser.add_argument("--note", help="a sentence for people about this model; kept in bundle.yaml, shown by the demo")
     parser.add_argument("--seed", type=int, default=0, help="of an untrained network's random weights (default 0)")
     return parser
 
@@ -290,7 +291,7 @@ def _network(options: argparse.Namespace) -> tuple[OccFlowNet, dict]:
         provenance = _provenance(path, options.seed)
     if options.occupancy_threshold is not None:
         model.config = dataclasses.replace(model.config, occupancy_threshold=options.occupancy_threshold)
-    return model, provenance
+    return model, {**({"note": options.note} if options.note else {}), **provenance}
 
 
 def _provenance(checkpoint: Path | None, seed: int) -> dict:

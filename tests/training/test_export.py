@@ -228,12 +228,14 @@ def test_a_model_that_scatters_is_not_exported(small_config):
 
 def test_the_command_line(small_config, tmp_path, capsys):
     out = tmp_path / "bundle"
-    assert main(["--config", str(small_config), "--out", str(out), "--seed", "3"]) == 0
+    note = "Knows nothing yet."
+    assert main(["--config", str(small_config), "--out", str(out), "--seed", "3", "--note", note]) == 0
     assert "labels that agree" in capsys.readouterr().out
     bundle = load_bundle(out)
     assert bundle.name == "small"
     assert bundle.cameras == ("a", "b", "c")
     assert "untrained: random weights of seed 3" in bundle.provenance["training"]
+    assert bundle.provenance["note"] == note
     assert bundle.weights_path is None
     assert ModelConfig.from_dict(bundle.model) == ModelConfig.from_yaml(small_config)
 
