@@ -7,6 +7,7 @@ damaged on the disk. A scan goes through such a file once, and every message tha
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ class BagTopic:
 
 
 @dataclass
-class ScannedFile:
+class ScannedFile(ABC):
     """What a scan found. ``entries`` are (time_ns, key of the topic, where), sorted by time."""
 
     path: Path
@@ -67,9 +68,11 @@ class ScannedFile:
             if start_ns <= time_ns < stop_ns and (topics is None or topic.name in topics):
                 yield BagMessage(topic.name, topic.msgtype, time_ns, self._read(where))
 
+    @abstractmethod
     def _read(self, where: object) -> bytes:
-        raise NotImplementedError
+        """The message's bytes at a place that the scan noted."""
 
+    @abstractmethod
     def close(self) -> None:
         """Release the file."""
 

@@ -21,6 +21,7 @@ from training.data.batch import EpochSampler, OccupancyBatch, OccupancySample, c
 from training.data.dataset import NuScenesOccupancy
 from training.data.nuscenes import KeyframeIndex
 from training.data.rays import LidarRays
+from training.data.splits import only_version
 from training.settings import TrainingConfig
 
 _WINDOW = 2
@@ -167,18 +168,3 @@ class OccupancyData(pl.LightningDataModule):
     ) -> list[OccupancyBatch]:
         """Both moments of the windows."""
         return [moment.to(device) for moment in batch]
-
-
-def only_version(dataroot: Path) -> str:
-    """The root's folder of tables, where it has just one.
-
-    Raises:
-        DatasetError: there is none, or there are several.
-    """
-    versions = sorted(path.parent.name for path in dataroot.glob("*/sample.json"))
-    if len(versions) != 1:
-        raise DatasetError(
-            f"{dataroot} has {'the tables ' + ', '.join(versions) if versions else 'no folder with tables'}; "
-            + ("choose with --data.version" if versions else "give the root of a data set in the nuScenes format")
-        )
-    return versions[0]

@@ -61,7 +61,7 @@ def only_version(dataroot: Path) -> str:
     versions = sorted(path.parent.name for path in dataroot.glob("*/sample.json"))
     if len(versions) != 1:
         raise DatasetError(
-            f"{dataroot} has several folders with tables ({', '.join(versions)}); choose a version"
+            f"{dataroot} has several folders with tables ({', '.join(versions)}); choose one with --version, or --data.version in training"
             if versions
             else f"{dataroot} has no folder with tables; give the root of a data set in nuScenes' format"
         )
