@@ -3,12 +3,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import numpy as np
 
 from occflownet_core.errors import GeometryError
 
 _ORTHONORMAL_TOLERANCE = 1e-4
 _NEARLY_PARALLEL = 0.9995
+
+
+@dataclass(frozen=True)
+class RecordedPose:
+    """A pose in the very numbers of the table or message that holds it.
+
+    A quaternion made back from a matrix differs in its last bits; passed on as recorded, it gives every reader the
+    same matrix, bit for bit.
+
+    Attributes:
+        translation_m: three numbers, metres.
+        quaternion_wxyz: four numbers, scalar first, of any length but zero.
+        matrix: [4, 4] float64, made from them by ``pose``.
+
+    Raises:
+        GeometryError: see ``pose``.
+    """
+
+    translation_m: Sequence[float]
+    quaternion_wxyz: Sequence[float]
+    matrix: np.ndarray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "translation_m", tuple(map(float, self.translation_m)))
+        object.__setattr__(self, "quaternion_wxyz", tuple(map(float, self.quaternion_wxyz)))
+        object.__setattr__(self, "matrix", pose(np.array(self.translation_m), np.array(self.quaternion_wxyz)))
 
 
 def pose(translation_m: np.ndarray, quaternion_wxyz: np.ndarray) -> np.ndarray:

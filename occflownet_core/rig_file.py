@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,27 +16,41 @@ from occflownet_core.errors import CalibrationError, GeometryError
 _KEYS = ("width_px", "height_px", "intrinsic", "translation_m", "quaternion_xyzw")
 
 
-def save_rig(rig: CameraRig, path: str | Path, comment: str = "") -> None:
-    """Write a rig so that ``load_rig`` reads the same numbers back (to 1e-12).
+def save_rig(
+    rig: CameraRig,
+    path: str | Path,
+    comment: str = "",
+    recorded_poses: Mapping[str, poses.RecordedPose] | None = None,
+) -> None:
+    """Write a rig so that ``load_rig`` reads the same numbers back (extrinsics to 1e-12).
 
     Args:
         rig: the cameras, extrinsics relative to ``base_link``.
         path: file to write.
         comment: one line for its head.
+        recorded_poses: by camera name, extrinsics as recorded; these come back bit for bit.
     """
+    recorded_poses = recorded_poses or {}
     cameras = {
         camera.name: {
             "width_px": camera.width_px,
             "height_px": camera.height_px,
             "intrinsic": camera.intrinsic.tolist(),
-            "translation_m": camera.ego_from_camera[:3, 3].tolist(),
-            "quaternion_xyzw": np.roll(poses.quaternion_from_rotation(camera.ego_from_camera), -1).tolist(),
+            **_pose_entries(camera, recorded_poses.get(camera.name)),
         }
         for camera in rig
     }
     head = "# Camera calibration: pinhole intrinsics in pixels, pose of each optical frame in base_link.\n"
     head += f"# {comment}\n" if comment else ""
     Path(path).write_text(head + yaml.safe_dump({"cameras": cameras}, sort_keys=False, default_flow_style=None))
+
+
+def _pose_entries(camera: Camera, recorded: poses.RecordedPose | None) -> dict[str, list[float]]:
+    if recorded is None:
+        matrix = camera.ego_from_camera
+        recorded = poses.RecordedPose(matrix[:3, 3], poses.quaternion_from_rotation(matrix))
+    w, x, y, z = recorded.quaternion_wxyz
+    return {"translation_m": list(recorded.translation_m), "quaternion_xyzw": [x, y, z, w]}
 
 
 def load_rig(path: str | Path) -> CameraRig:

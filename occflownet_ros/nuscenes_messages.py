@@ -12,6 +12,7 @@ from rosbags.typesys.store import Typestore
 
 from occflownet_core import poses
 from occflownet_core.camera import Camera
+from occflownet_core.poses import RecordedPose
 
 _TWIST_WINDOW_NS = 50_000_000
 _FLOAT32 = 7  # sensor_msgs/msg/PointField
@@ -91,9 +92,9 @@ def point_cloud(stamp_ns: int, frame_id: str, points: np.ndarray) -> bytes:
     )
 
 
-def odometry(stamp_ns: int, global_from_ego: np.ndarray, linear_mps: np.ndarray, angular_radps: np.ndarray) -> bytes:
+def odometry(stamp_ns: int, ego: RecordedPose, linear_mps: np.ndarray, angular_radps: np.ndarray) -> bytes:
     """nav_msgs/msg/Odometry, ``base_link`` in ``map``; the twist is the child's, in the child's own axes (REP-105)."""
-    translation, rotation = _parts(global_from_ego)
+    translation, rotation = _parts(ego)
     position = _new("geometry_msgs/msg/Point", *translation)
     orientation = _new("geometry_msgs/msg/Quaternion", *rotation)
     linear, angular = (_new("geometry_msgs/msg/Vector3", *map(float, v)) for v in (linear_mps, angular_radps))
@@ -110,11 +111,11 @@ def odometry(stamp_ns: int, global_from_ego: np.ndarray, linear_mps: np.ndarray,
     )
 
 
-def transforms(stamp_ns: int, parent: str, parent_from_child: Mapping[str, np.ndarray]) -> bytes:
+def transforms(stamp_ns: int, parent: str, children: Mapping[str, RecordedPose]) -> bytes:
     """tf2_msgs/msg/TFMessage: where each child frame is in the parent."""
     stamped = []
-    for child, matrix in parent_from_child.items():
-        translation, rotation = _parts(matrix)
+    for child, recorded in children.items():
+        translation, rotation = _parts(recorded)
         transform = _new(
             "geometry_msgs/msg/Transform",
             _new("geometry_msgs/msg/Vector3", *translation),
@@ -170,6 +171,7 @@ def _rotation_vector(rotation: np.ndarray) -> np.ndarray:
     return np.asarray(axis) * (2 * np.arctan2(sine, w) / sine if sine > 0 else 2)
 
 
-def _parts(matrix: np.ndarray) -> tuple[list[float], list[float]]:
-    """Translation [x, y, z] and quaternion [x, y, z, w], scalar last as ROS writes it."""
-    return matrix[:3, 3].tolist(), np.roll(poses.quaternion_from_rotation(matrix), -1).tolist()
+def _parts(recorded: RecordedPose) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Translation (x, y, z) and quaternion (x, y, z, w), scalar last as ROS writes it; both as recorded."""
+    w, x, y, z = recorded.quaternion_wxyz
+    return recorded.translation_m, (x, y, z, w)

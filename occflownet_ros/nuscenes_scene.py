@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from occflownet_core import poses
 from occflownet_core.camera import Camera, CameraRig
 from occflownet_core.errors import DatasetError, ImageError
+from occflownet_core.poses import RecordedPose
 from occflownet_core.preprocess import require_complete_jpeg
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _TABLES = [
 
 @dataclass(frozen=True)
 class SensorFrame:
-    """One measurement: where its file is, when it was taken, and from where."""
+    """One measurement: where its file is, when it was taken, and from where (poses in the tables' own numbers)."""
 
     channel: str
     modality: str
@@ -48,8 +48,18 @@ class SensorFrame:
     width_px: int
     height_px: int
     intrinsic: np.ndarray | None
-    ego_from_sensor: np.ndarray
-    global_from_ego: np.ndarray
+    mount: RecordedPose
+    ego: RecordedPose
+
+    @property
+    def ego_from_sensor(self) -> np.ndarray:
+        """[4, 4]."""
+        return self.mount.matrix
+
+    @property
+    def global_from_ego(self) -> np.ndarray:
+        """[4, 4] at the sensor's own stamp."""
+        return self.ego.matrix
 
     def camera(self) -> Camera:
         return Camera(self.channel, self.width_px, self.height_px, self.intrinsic, self.ego_from_sensor)
@@ -84,9 +94,9 @@ class Scene:
         return CameraRig(tuple(sorted(cameras, key=lambda camera: camera.name)))
 
     @property
-    def global_from_ego(self) -> dict[int, np.ndarray]:
-        """The vehicle's pose [4, 4] at every sensor's own stamp (nanoseconds), in time order."""
-        return {frame.stamp_ns: frame.global_from_ego for frame in self.frames}
+    def ego_poses(self) -> dict[int, RecordedPose]:
+        """The vehicle's pose at every sensor's own stamp (nanoseconds), in time order."""
+        return {frame.stamp_ns: frame.ego for frame in self.frames}
 
 
 def open_nuscenes(dataroot: Path, version: str) -> NuScenes:
@@ -160,8 +170,8 @@ def _frames(nusc: NuScenes, rows: list[dict], sweeps: bool) -> tuple[list[Sensor
                 width_px=row["width"],
                 height_px=row["height"],
                 intrinsic=np.array(mount["camera_intrinsic"]) if mount["camera_intrinsic"] else None,
-                ego_from_sensor=poses.pose(mount["translation"], mount["rotation"]),
-                global_from_ego=poses.pose(ego["translation"], ego["rotation"]),
+                mount=RecordedPose(mount["translation"], mount["rotation"]),
+                ego=RecordedPose(ego["translation"], ego["rotation"]),
             )
         )
     return sorted(frames, key=lambda frame: (frame.stamp_ns, frame.channel)), absent

@@ -26,6 +26,7 @@ from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, Qo
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
 from occflownet_core.errors import BagError, OccflownetError
+from occflownet_core.poses import RecordedPose
 from occflownet_core.rig_file import save_rig
 from occflownet_ros import nuscenes_messages as messages
 from occflownet_ros.nuscenes_scene import (
@@ -98,7 +99,7 @@ def outgoing_messages(scene: Scene, lidar: bool = True) -> list[Outgoing]:
 
 def _calibration_messages(scene: Scene) -> Iterator[Outgoing]:
     mounts = {
-        name: frame.ego_from_sensor
+        name: frame.mount
         for name, frame in sorted(scene.channels.items())
         if frame.modality == "camera" or name == LIDAR
     }
@@ -109,15 +110,15 @@ def _calibration_messages(scene: Scene) -> Iterator[Outgoing]:
 
 
 def _pose_messages(scene: Scene) -> Iterator[Outgoing]:
-    by_stamp = scene.global_from_ego
-    global_from_ego = np.stack(list(by_stamp.values()))
+    by_stamp = scene.ego_poses
+    global_from_ego = np.stack([ego.matrix for ego in by_stamp.values()])
     linear_mps, angular_radps = messages.twists(np.array(list(by_stamp)), global_from_ego)
-    for stamp, pose, linear, angular in zip(by_stamp, global_from_ego, linear_mps, angular_radps, strict=True):
+    for (stamp, pose), linear, angular in zip(by_stamp.items(), linear_mps, angular_radps, strict=True):
 
-        def transform(stamp: int = stamp, pose: np.ndarray = pose) -> bytes:
+        def transform(stamp: int = stamp, pose: RecordedPose = pose) -> bytes:
             return messages.transforms(stamp, "map", {"base_link": pose})
 
-        def odometry(s: int = stamp, p: np.ndarray = pose, v: np.ndarray = linear, w: np.ndarray = angular) -> bytes:
+        def odometry(s: int = stamp, p: RecordedPose = pose, v: np.ndarray = linear, w: np.ndarray = angular) -> bytes:
             return messages.odometry(s, p, v, w)
 
         yield Outgoing(stamp, "/tf", "tf2_msgs/msg/TFMessage", transform)
@@ -195,7 +196,8 @@ def write_bag(
                 writer.set_compression(mode, CompressionFormat.ZSTD)
             with writer:
                 summary = _write_messages(writer, outgoing_messages(scene, lidar), on_progress)
-            save_rig(rig, unfinished / "calibration.yaml", f"cameras of {scene.name}")
+            mounts = {name: frame.mount for name, frame in scene.channels.items()}
+            save_rig(rig, unfinished / "calibration.yaml", f"cameras of {scene.name}", mounts)
             if folder.exists():
                 shutil.rmtree(folder)
             unfinished.rename(folder)

@@ -31,6 +31,18 @@ def test_round_trip(tmp_path):
     np.testing.assert_array_equal(back[0].intrinsic, intrinsic)
 
 
+def test_recorded_poses_come_back_bit_for_bit(tmp_path):
+    # nuScenes' CAM_FRONT: its quaternion, made back from the matrix, differs in the last digits.
+    recorded = poses.RecordedPose(
+        (1.70079118954, 0.0159456324149, 1.51095763913),
+        (0.4998015430569128, -0.5030316162024876, 0.4997798114386805, -0.49737083824542755),
+    )
+    assert tuple(poses.quaternion_from_rotation(recorded.matrix)) != recorded.quaternion_wxyz
+    rig = CameraRig((Camera("A", 8, 6, np.eye(3), recorded.matrix),))
+    save_rig(rig, tmp_path / "rig.yaml", recorded_poses={"A": recorded})
+    np.testing.assert_array_equal(load_rig(tmp_path / "rig.yaml")[0].ego_from_camera, recorded.matrix)
+
+
 def test_a_hand_written_file_looks_forward(tmp_path):
     (tmp_path / "rig.yaml").write_text(GOOD)
     camera = load_rig(tmp_path / "rig.yaml")[0]

@@ -195,6 +195,13 @@ def test_messages_say_what_the_tables_say(tiny_root, tmp_path):
     rotation = front.transform.rotation
     assert [rotation.x, rotation.y, rotation.z, rotation.w] == [-0.5, 0.5, -0.5, 0.5]
 
+    # Quaternions go out as the tables have them, to the last digit.
+    for message in topics["/odom"]:
+        w, _, _, z = circling_pose(message.time_ns // 1000)[1]
+        pose = decode(message).pose.pose
+        assert (pose.orientation.z, pose.orientation.w) == (z, w)
+        assert [pose.position.x, pose.position.y] == circling_pose(message.time_ns // 1000)[0][:2]
+
     rig = load_rig(tmp_path / "bag/calibration.yaml")
     assert set(rig.names) == set(CAMERAS)
     np.testing.assert_allclose(rig.ordered(["CAM_FRONT"])[0].ego_from_camera[:3, 2], [1, 0, 0], atol=1e-12)
