@@ -16,6 +16,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from occflownet_core.errors import DatasetError
+from occflownet_core.nuscenes_tables import write_blank_map
 from training.data.minicity import calibration
 from training.data.minicity.keyframe import write_keyframe
 from training.data.minicity.naming import VERSION, Naming
@@ -100,11 +101,11 @@ def _make_folders(root: Path, force: bool, write_semantics: bool) -> None:
             )
         shutil.rmtree(root)
     channels = [*calibration.CAMERAS, calibration.LIDAR_CHANNEL]
-    folders = [f"samples/{c}" for c in channels] + [f"lidarseg/{VERSION}", f"panoptic/{VERSION}", "maps", "gts"]
+    folders = [f"samples/{c}" for c in channels] + [f"lidarseg/{VERSION}", f"panoptic/{VERSION}", "gts"]
     folders += [f"semantics/{c}" for c in calibration.CAMERAS] if write_semantics else []
     for folder in folders:
         (root / folder).mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(root / MAP_FILE), np.zeros((64, 64), dtype=np.uint8))
+    write_blank_map(root / MAP_FILE)
 
 
 def _jobs(scenes: int, keyframes: int, processes: int) -> list[tuple[int, list[int]]]:

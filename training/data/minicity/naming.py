@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
+from occflownet_core.nuscenes_tables import stable_token
 from training.data.minicity import calibration
 
 VERSION = "v1.0-mini"
@@ -15,7 +15,7 @@ _SCENE_US = 10_000_000_000
 
 def token(*parts: object) -> str:
     """A nuScenes token (32 hexadecimal digits) that depends on its parts alone."""
-    return hashlib.md5("/".join(map(str, ("minicity", *parts))).encode(), usedforsecurity=False).hexdigest()
+    return stable_token("minicity", *parts)
 
 
 @dataclass(frozen=True)
