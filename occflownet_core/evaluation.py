@@ -9,9 +9,26 @@ import math
 import numpy as np
 
 from occflownet_core.grid import VoxelGrid
-from occflownet_core.labels import CLASS_NAMES, OCCUPIED_CLASSES
+from occflownet_core.labels import CLASS_NAMES, FREE, OCCUPIED_CLASSES
 from occflownet_core.metrics import CLASS_SETS, LABELS, VoxelScores, confusion_matrix
 from occflownet_core.ray_metrics import THRESHOLDS_M, RayCaster, RayScores
+
+RIGHT, WRONG_CLASS, MISSED, INVENTED = range(4)
+"""Kinds of voxels in ``difference``."""
+
+DIFFERENCE_RGB: np.ndarray = np.array([(205, 208, 212), (240, 170, 20), (40, 90, 220), (220, 40, 50)], dtype=np.uint8)
+"""[4, 3] uint8, the colour of each kind."""
+
+
+def difference(prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Kind of agreement per voxel, uint8 [X, Y, Z]: RIGHT, WRONG_CLASS, MISSED, INVENTED; FREE where both say free or
+    the mask excludes the voxel."""
+    kind = np.full(truth.shape, FREE, dtype=np.uint8)
+    predicted, there = prediction != FREE, truth != FREE
+    kind[predicted & there] = np.where(prediction == truth, RIGHT, WRONG_CLASS)[predicted & there]
+    kind[~predicted & there] = MISSED
+    kind[predicted & ~there] = INVENTED
+    return np.where(mask, kind, FREE).astype(np.uint8)
 
 
 class OccupancyEvaluation:
@@ -52,6 +69,13 @@ class OccupancyEvaluation:
             caster = RayCaster(self.grid, origins_m)
             self.rays.add(caster.cast(prediction), caster.cast(truth))
         self.samples += 1
+
+    def include(self, other: OccupancyEvaluation) -> None:
+        """Count another evaluation's samples too."""
+        self.in_mask += other.in_mask
+        self.everywhere += other.everywhere
+        self.rays.include(other.rays)
+        self.samples += other.samples
 
     def to_dict(self) -> dict:
         """All scores as plain values for JSON; None where a score is not defined."""

@@ -238,6 +238,12 @@ class RayScores:
         for row, threshold_m in zip(self.hits, THRESHOLDS_M, strict=True):
             row += _count(there[(there == predicted) & (error_m < threshold_m)])
 
+    def include(self, other: RayScores) -> None:
+        """Count another sample's rays too."""
+        self.there += other.there
+        self.predicted += other.predicted
+        self.hits += other.hits
+
     @property
     def iou(self) -> np.ndarray:
         """[3, 17] IoU per threshold and class; NaN for a class that is neither there nor predicted."""

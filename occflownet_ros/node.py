@@ -194,11 +194,12 @@ class OccflownetNode(LifecycleNode):
         image_qos = QoSProfile(depth=settings.image_depth, reliability=reliability)
         # Best effort matches any publisher; what is lost here is sent again with the next message.
         state_qos = QoSProfile(depth=_ODOMETRY_DEPTH, reliability=ReliabilityPolicy.BEST_EFFORT)
+        odom_qos = QoSProfile(depth=_ODOMETRY_DEPTH, reliability=ReliabilityPolicy[settings.odom_reliability.upper()])
         self._image_topics = [f"{namespace}/{suffix}" for namespace in self._namespaces()]
         self._info_content: list[bytes | None] = [None] * len(self._image_topics)
         subscribe = self.create_subscription
         if settings.odom_topic:
-            self._active_subscriptions.append(subscribe(Odometry, settings.odom_topic, self._on_odometry, state_qos))
+            self._active_subscriptions.append(subscribe(Odometry, settings.odom_topic, self._on_odometry, odom_qos))
         if settings.intrinsics_source == "camera_info":
             for camera, topic in enumerate(self._info_topics()):
                 on_info = partial(self._on_camera_info, camera)

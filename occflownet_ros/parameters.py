@@ -96,6 +96,11 @@ class Settings:
         high=3600.0,
     )
     odom_topic: str = _parameter("/odom", "Topic of nav_msgs/Odometry of the base frame; empty runs without memory.")
+    odom_reliability: str = _parameter(
+        "best_effort",
+        "QoS reliability of the odometry subscription; best_effort matches every publisher.",
+        choices=("best_effort", "reliable"),
+    )
     odom_max_gap_ms: float = _parameter(
         200.0,
         "Poses further apart are not interpolated between, nor extrapolated beyond.",

@@ -33,7 +33,7 @@ from occflownet_ros.transport import image_environment
 
 NODE_NAME = "occflownet"
 
-EVERY_SET = {"deadline_ms": 10_000.0, "image_reliability": "reliable"}
+EVERY_SET = {"deadline_ms": 10_000.0, "image_reliability": "reliable", "odom_reliability": "reliable"}
 """Node parameters for replays that want every set, however busy the machine is; a vehicle's defaults drop late ones."""
 
 # Only these are played: the player then waits until every one of them has a listener.

@@ -10,26 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from occflownet_core.evaluation import DIFFERENCE_RGB, difference
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import BOXED_CLASSES, CLASS_NAMES, COLORS_RGB, FREE, OCCUPIED_CLASSES
 from occflownet_core.picture import draw_voxels, legend, save_png, side_by_side, stacked, titled, view_from_above
 from training.data.nuscenes import Keyframe
 
-_RIGHT, _WRONG_CLASS, _MISSED, _INVENTED = range(4)
-_DIFFERENCE_RGB = np.zeros((FREE + 1, 3), dtype=np.uint8)
-_DIFFERENCE_RGB[:4] = (205, 208, 212), (240, 170, 20), (40, 90, 220), (220, 40, 50)
+_DIFFERENCE_COLORS_RGB = np.zeros((FREE + 1, 3), dtype=np.uint8)
+_DIFFERENCE_COLORS_RGB[: len(DIFFERENCE_RGB)] = DIFFERENCE_RGB
 _DIFFERENCE_NOTE = "grey right, yellow wrong class, blue missed, red invented; camera mask only"
-
-
-def difference(prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Kind of agreement per voxel, uint8 [X, Y, Z]: 0 right, 1 wrong class, 2 missed, 3 invented; FREE where both say
-    free or the mask excludes the voxel."""
-    kind = np.full(truth.shape, FREE, dtype=np.uint8)
-    predicted, there = prediction != FREE, truth != FREE
-    kind[predicted & there] = np.where(prediction == truth, _RIGHT, _WRONG_CLASS)[predicted & there]
-    kind[~predicted & there] = _MISSED
-    kind[predicted & ~there] = _INVENTED
-    return np.where(mask, kind, FREE).astype(np.uint8)
 
 
 def comparison_picture(
@@ -49,7 +38,7 @@ def comparison_picture(
     panels = [
         titled(draw_voxels(prediction, grid, view), "prediction"),
         titled(draw_voxels(truth, grid, view), "truth"),
-        titled(draw_voxels(kind, grid, view, _DIFFERENCE_RGB), "difference"),
+        titled(draw_voxels(kind, grid, view, _DIFFERENCE_COLORS_RGB), "difference"),
     ]
     picture = side_by_side(panels)
     names = titled(legend(truth, picture.shape[1], columns=6), "voxels of the truth", size_px=16)

@@ -11,7 +11,7 @@ import torch
 
 from occflownet_core import poses
 from occflownet_core.camera import CameraRig
-from occflownet_core.evaluation import OccupancyEvaluation
+from occflownet_core.evaluation import OccupancyEvaluation, difference
 from occflownet_core.grid import OCC3D_GRID
 from occflownet_core.labels import FREE
 from occflownet_core.metrics import VoxelScores, confusion_matrix
@@ -22,7 +22,6 @@ from occflownet_core.runtime.engine import Engine, Prediction, create_engine
 from training.checkpoint import CONFIG_KEY, PROVENANCE_KEY
 from training.data.nuscenes import KeyframeIndex, load_occupancy
 from training.evaluate import evaluate, main, run_keyframes, scene_ray_origins_m
-from training.evaluation_report import difference
 
 VERSION = "v1.0-tiny"
 
