@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """CDR bytes of visualization_msgs/MarkerArray, laid out by NumPy: a thousand times faster than Point objects in a loop.
+And the stamp of a message that is not worth decoding.
 
 CDR (OMG formal/02-06-51, section 15.3) writes fields in order, each primitive aligned to its size counted from the end
 of a 4-byte encapsulation header; strings and sequences carry their length as uint32 first.
@@ -34,6 +35,13 @@ class CubeList:
     centres_m: np.ndarray
     edge_m: float
     color_rgba: tuple[float, float, float, float]
+
+
+def header_stamp_ns(serialised: bytes) -> int:
+    """Stamp, in nanoseconds, of a serialised message that begins with a std_msgs/Header (or is one); it is not decoded."""
+    order = "<" if serialised[1] & 1 else ">"
+    seconds, nanoseconds = struct.unpack_from(f"{order}iI", serialised, len(_LITTLE_ENDIAN))
+    return seconds * 10**9 + nanoseconds
 
 
 class CdrWriter:

@@ -1,24 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scoring a replay against the ground truth that its bag carries (as ``nuscenes_to_bag`` writes it)."""
+"""The truth about a bag's keyframes, from the bag itself (as ``nuscenes_to_bag`` writes it) or from Occ3D's gts folder,
+and the scores of predictions against it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from occflownet_core import poses
+from occflownet_core.errors import DatasetError
 from occflownet_core.evaluation import OccupancyEvaluation
+from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import FREE
 from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_core.ray_metrics import ray_origins_m
 from occflownet_ros.bag import Bag
+from occflownet_ros.bag_keyframes import KEYFRAME_TOPIC
+from occflownet_ros.cdr import header_stamp_ns
 from occflownet_ros.nuscenes_messages import typestore
+from occflownet_ros.nuscenes_scene import read_labels
 
 LIDAR_FRAME = "LIDAR_TOP"
-_TOPICS = {"/keyframe", "/ground_truth/labels", "/ground_truth/mask_camera", "/odom", "/tf_static"}
+_LABELS, _MASK = "/ground_truth/labels", "/ground_truth/mask_camera"
+_TOPICS = {KEYFRAME_TOPIC, _LABELS, _MASK, "/odom", "/tf_static"}
 _SAME_KEYFRAME_NS = 200_000_000
 
 
@@ -27,41 +34,144 @@ class TrueKeyframe:
     """The truth about one keyframe.
 
     Attributes:
+        token: the data set's name for it.
         stamp_ns: the LiDAR's stamp, at which the labels hold.
         labels: uint8 [X, Y, Z].
         camera_mask: bool [X, Y, Z].
-        global_from_ego: [4, 4] at that stamp.
+        ray_origins_m: [O, 3] from which RayIoU judges it, ego frame; None where the bag has no LiDAR.
     """
 
+    token: str
     stamp_ns: int
     labels: np.ndarray
     camera_mask: np.ndarray
-    global_from_ego: np.ndarray
+    ray_origins_m: np.ndarray | None
 
 
-def read_ground_truth(bag: Path) -> tuple[list[TrueKeyframe], np.ndarray | None]:
-    """The bag's labelled keyframes, and ``ego_from_lidar`` [4, 4] where it is told; nothing from a bag without them."""
-    stamps_ns, labels, masks, ego_poses = [], {}, {}, {}
-    ego_from_lidar = None
-    with Bag(bag) as opened:
-        for message in opened.messages(topics=_TOPICS):
-            content = typestore().deserialize_cdr(message.data, message.msgtype)
-            if message.topic == "/keyframe":
-                stamps_ns.append(content.stamp.sec * 10**9 + content.stamp.nanosec)
-            elif message.topic == "/odom":
-                ego_poses[message.time_ns] = _pose(content.pose.pose.position, content.pose.pose.orientation)
-            elif message.topic == "/tf_static":
-                lidar = [t.transform for t in content.transforms if t.child_frame_id == LIDAR_FRAME]
-                ego_from_lidar = _pose(lidar[0].translation, lidar[0].rotation) if lidar else ego_from_lidar
-            else:
-                shape = tuple(dim.size for dim in content.layout.dim)
-                target = labels if message.topic.endswith("labels") else masks
-                target[message.time_ns] = np.asarray(content.data, dtype=np.uint8).reshape(shape)
+@dataclass
+class _BagContent:
+    """What a bag says about truth and motion.
+
+    Attributes:
+        tokens: of the keyframes, by LiDAR stamp, in order of time.
+        labels, masks: uint8 [X, Y, Z] by LiDAR stamp.
+        ego_poses: ``global_from_ego`` [4, 4] by stamp.
+        ego_from_lidar: [4, 4], None where there is no LiDAR.
+    """
+
+    tokens: dict[int, str]
+    labels: dict[int, np.ndarray]
+    masks: dict[int, np.ndarray]
+    ego_poses: dict[int, np.ndarray]
+    ego_from_lidar: np.ndarray | None
+
+    def ray_origins_m(self) -> dict[int, np.ndarray | None]:
+        """RayIoU's origins by keyframe stamp: where the LiDAR was at all the bag's keyframes."""
+        if self.ego_from_lidar is None or not self.ego_poses:
+            return dict.fromkeys(self.tokens)
+        ego = {stamp_ns: self.ego_poses[nearest(self.ego_poses, stamp_ns)] for stamp_ns in self.tokens}
+        lidars = np.stack([global_from_ego @ self.ego_from_lidar for global_from_ego in ego.values()])
+        return {stamp_ns: ray_origins_m(lidars, global_from_ego) for stamp_ns, global_from_ego in ego.items()}
+
+
+def read_ground_truth(bag: Path, dataroot: Path | None = None) -> list[TrueKeyframe]:
+    """The labelled ones of a bag's keyframes, in order of time; none where there are no labels.
+
+    Args:
+        bag: rosbag2 folder or file.
+        dataroot: root of a data set with Occ3D's ``gts/<scene>/<token>/labels.npz``; None takes what the bag carries.
+
+    Raises:
+        DatasetError: the root has no gts, none of the bag's keyframes is in it, or a file is damaged.
+    """
+    content = _read(bag, with_labels=dataroot is None)
+    if dataroot is not None:
+        _read_labels(content, dataroot, bag)
+    origins_m = content.ray_origins_m()
     return [
-        TrueKeyframe(stamp_ns, labels[stamp_ns], masks[stamp_ns].astype(bool), ego_poses[nearest(ego_poses, stamp_ns)])
-        for stamp_ns in stamps_ns
-        if stamp_ns in labels and stamp_ns in masks and ego_poses
-    ], ego_from_lidar
+        TrueKeyframe(token, stamp_ns, content.labels[stamp_ns], content.masks[stamp_ns] > 0, origins_m[stamp_ns])
+        for stamp_ns, token in content.tokens.items()
+        if stamp_ns in content.labels and stamp_ns in content.masks
+    ]
+
+
+def _read(bag: Path, with_labels: bool) -> _BagContent:
+    content = _BagContent({}, {}, {}, {}, None)
+    topics = _TOPICS if with_labels else _TOPICS - {_LABELS, _MASK}
+    with Bag(bag) as opened:
+        for message in opened.messages(topics=topics):
+            decoded = typestore().deserialize_cdr(message.data, message.msgtype)
+            if message.topic == KEYFRAME_TOPIC:
+                content.tokens[header_stamp_ns(message.data)] = decoded.frame_id
+            elif message.topic == "/odom":
+                pose = decoded.pose.pose
+                content.ego_poses[header_stamp_ns(message.data)] = _pose(pose.position, pose.orientation)
+            elif message.topic == "/tf_static":
+                lidar = [t.transform for t in decoded.transforms if t.child_frame_id == LIDAR_FRAME]
+                if lidar:
+                    content.ego_from_lidar = _pose(lidar[0].translation, lidar[0].rotation)
+            else:
+                # The message has no stamp: it is recorded at its keyframe's.
+                target = content.labels if message.topic == _LABELS else content.masks
+                shape = tuple(dim.size for dim in decoded.layout.dim)
+                target[message.time_ns] = np.asarray(decoded.data, dtype=np.uint8).reshape(shape)
+    content.tokens = dict(sorted(content.tokens.items()))
+    return content
+
+
+def _read_labels(content: _BagContent, dataroot: Path, bag: Path) -> None:
+    """Take the labels from the data root's gts folder."""
+    folder = dataroot / "gts"
+    if not folder.is_dir():
+        raise DatasetError(
+            f"{dataroot} has no folder gts; give the root into which Occ3D's gts were unpacked, or leave --gt out"
+        )
+    files = {path.name: path / "labels.npz" for path in folder.glob("*/*")}
+    for stamp_ns, token in content.tokens.items():
+        if token in files:
+            content.labels[stamp_ns], content.masks[stamp_ns] = read_labels(files[token])
+    if content.tokens and not content.labels:
+        raise DatasetError(
+            f"none of the {len(content.tokens)} keyframes of bag {bag} (the first is {next(iter(content.tokens.values()))}) "
+            f"is in {folder}; give the ground truth of the scene that was recorded"
+        )
+
+
+def evaluate_keyframes(
+    truth: Sequence[TrueKeyframe], predictions: Sequence[np.ndarray | None], grid: VoxelGrid
+) -> Iterator[OccupancyEvaluation]:
+    """The evaluation of each keyframe on its own; ``OccupancyEvaluation.include`` adds them up.
+
+    Args:
+        truth: keyframes.
+        predictions: uint8 [X, Y, Z] for each, None for one that was missed: it counts as predicted free everywhere.
+        grid: of all labels.
+
+    Raises:
+        DatasetError: a keyframe's labels are of another grid.
+    """
+    nothing = np.full(grid.shape, FREE, dtype=np.uint8)
+    for keyframe, prediction in zip(truth, predictions, strict=True):
+        if keyframe.labels.shape != grid.shape:
+            raise DatasetError(
+                f"the ground truth of keyframe {keyframe.token} has {keyframe.labels.shape} cells, the bundle's grid "
+                f"{grid.shape}; evaluate a bundle of the same grid"
+            )
+        evaluation = OccupancyEvaluation(grid)
+        labels = nothing if prediction is None else prediction
+        evaluation.add(labels, keyframe.labels, keyframe.camera_mask, keyframe.ray_origins_m)
+        yield evaluation
+
+
+def total(evaluations: Sequence[OccupancyEvaluation], with_rays: bool) -> dict:
+    """All scores of several keyframes together; without ``rays`` where the bag has no LiDAR."""
+    evaluation = OccupancyEvaluation(evaluations[0].grid)
+    for one in evaluations:
+        evaluation.include(one)
+    scores = evaluation.to_dict()
+    if not with_rays:
+        del scores["rays"]
+    return scores
 
 
 def score(frames: Mapping[int, OccupancyFrame], bag: Path) -> dict | None:
@@ -74,27 +184,18 @@ def score(frames: Mapping[int, OccupancyFrame], bag: Path) -> dict | None:
         frames: by stamp in nanoseconds.
         bag: that was replayed.
     """
-    truth, ego_from_lidar = read_ground_truth(bag)
+    truth = read_ground_truth(bag)
     if not truth or not frames:
         return None
-    some = next(iter(frames.values()))
-    evaluation = OccupancyEvaluation(some.grid)
-    nothing = np.full(some.grid.shape, FREE, dtype=np.uint8)
-    missed = 0
-    for keyframe in truth:
-        stamp_ns = nearest(frames, keyframe.stamp_ns)
-        is_there = abs(stamp_ns - keyframe.stamp_ns) < _SAME_KEYFRAME_NS
-        missed += not is_there
-        origins_m = None
-        if ego_from_lidar is not None:
-            lidars = np.stack([other.global_from_ego @ ego_from_lidar for other in truth])
-            origins_m = ray_origins_m(lidars, keyframe.global_from_ego)
-        prediction = frames[stamp_ns].labels if is_there else nothing
-        evaluation.add(prediction, keyframe.labels, keyframe.camera_mask, origins_m)
-    scores = evaluation.to_dict()
-    if ego_from_lidar is None:
-        del scores["rays"]
-    return {**scores, "missed_keyframes": missed}
+    grid = next(iter(frames.values())).grid
+    stamps_ns = [nearest(frames, keyframe.stamp_ns) for keyframe in truth]
+    predictions = [
+        frames[stamp_ns].labels if abs(stamp_ns - keyframe.stamp_ns) < _SAME_KEYFRAME_NS else None
+        for stamp_ns, keyframe in zip(stamps_ns, truth, strict=True)
+    ]
+    evaluations = list(evaluate_keyframes(truth, predictions, grid))
+    scores = total(evaluations, with_rays=all(k.ray_origins_m is not None for k in truth))
+    return {**scores, "missed_keyframes": sum(prediction is None for prediction in predictions)}
 
 
 def nearest(stamps_ns: Mapping[int, object], stamp_ns: int) -> int:

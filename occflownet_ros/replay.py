@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,9 @@ from occflownet_ros.transport import image_environment
 
 NODE_NAME = "occflownet"
 
+DIAGNOSTICS_PERIOD_S = 1.0
+"""The node reports once in so long."""
+
 EVERY_SET = {"deadline_ms": 10_000.0, "image_reliability": "reliable", "odom_reliability": "reliable"}
 """Node parameters for replays that want every set, however busy the machine is; a vehicle's defaults drop late ones."""
 
@@ -46,8 +49,7 @@ _NODE_INPUTS = (
 
 _TRANSITION_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5.0
-_DIAGNOSTICS_PERIOD_S = 1.0
-_POLL_S = 0.02
+_PROGRESS_S = 0.2
 
 
 class ReplayError(OccflownetError):
@@ -67,6 +69,7 @@ class Replay:
         play_seconds: how long the player ran.
         player_output: what the player printed.
         player_exit: its exit status (1: the bag was cut, and played up to the cut).
+        unanswered: sets that were sent in lockstep and gave no labels: anchor stamp -> reason.
     """
 
     frames: dict[int, OccupancyFrame] = field(default_factory=dict)
@@ -77,10 +80,22 @@ class Replay:
     play_seconds: float = 0.0
     player_output: str = ""
     player_exit: int = 0
+    unanswered: dict[int, str] = field(default_factory=dict)
 
     def latency_percentiles(self, percentiles: tuple[float, ...] = (50, 99)) -> dict[str, list[float]]:
         """Milliseconds per stage that was measured, in the order of ``STAGES``."""
         return {stage: np.percentile(ms, percentiles).tolist() for stage, ms in self.latency_ms.items() if ms}
+
+    def frame_latency_ms(self) -> dict[int, dict[str, float]]:
+        """Stage -> milliseconds of every frame, by its stamp; nothing if a message was lost and they cannot be told apart.
+
+        Latencies carry no stamp, but come in the order of the frames.
+        """
+        if any(len(ms) != len(self.frames) for ms in self.latency_ms.values()):
+            return {}
+        return {
+            stamp_ns: {stage: ms[k] for stage, ms in self.latency_ms.items()} for k, stamp_ns in enumerate(self.frames)
+        }
 
     def set_counts(self) -> dict[str, int]:
         """The node's own counters of image sets: ``{"opened": 20, "processed": 20, ...}``."""
@@ -206,7 +221,11 @@ def recording(replay: Replay) -> Iterator[None]:
 
 
 def replay_bag(
-    bag: Path, parameters: Mapping[str, object], log_directory: Path, player_arguments: tuple[str, ...] = ()
+    bag: Path,
+    parameters: Mapping[str, object],
+    log_directory: Path,
+    player_arguments: tuple[str, ...] = (),
+    on_progress: Callable[[float], None] = lambda played_s: None,
 ) -> Replay:
     """Play a bag through a node and return what it published.
 
@@ -215,6 +234,7 @@ def replay_bag(
         parameters: the node's parameters (``bundle`` at least).
         log_directory: takes ``node.log``; is made.
         player_arguments: further arguments of ``bag_player``, e.g. ``("--rate", "2")``.
+        on_progress: called now and then with the seconds since the player's start.
 
     Raises:
         ReplayError: the node did not reach its active state, or a process failed; with its own words.
@@ -224,18 +244,23 @@ def replay_bag(
     node = NodeProcess(parameters, log_directory / "node.log")
     try:
         with recording(replay):
-            _activate(node)
+            activate(node)
             replay.seconds_to_active = time.monotonic() - node.started_s
-            _play(bag, player_arguments, node, replay)
+            _play(bag, player_arguments, node, replay, on_progress)
             # What is still under way arrives, and one more round of diagnostics counts it.
-            time.sleep(_DIAGNOSTICS_PERIOD_S + 0.3)
+            time.sleep(DIAGNOSTICS_PERIOD_S + 0.3)
             replay.node_resident_mb = node.peak_resident_mb()
     finally:
         node.stop()
     return replay
 
 
-def _activate(node: NodeProcess) -> None:
+def activate(node: NodeProcess) -> None:
+    """Configure and activate the node.
+
+    Raises:
+        ReplayError: it refused or did not answer; with its own words.
+    """
     driver = rclpy.create_node("occflownet_driver")
     try:
         for transition in (lifecycle_client.CONFIGURE, lifecycle_client.ACTIVATE):
@@ -247,7 +272,13 @@ def _activate(node: NodeProcess) -> None:
         driver.destroy_node()
 
 
-def _play(bag: Path, arguments: tuple[str, ...], node: NodeProcess, replay: Replay) -> None:
+def _play(
+    bag: Path,
+    arguments: tuple[str, ...],
+    node: NodeProcess,
+    replay: Replay,
+    on_progress: Callable[[float], None],
+) -> None:
     with Bag(bag) as opened:
         topics = [topic.name for topic in opened.topics.values() if topic.msgtype in _NODE_INPUTS]
     command = [sys.executable, "-m", "occflownet_ros.bag_player", str(bag), *arguments, "--topics", *topics]
@@ -256,7 +287,11 @@ def _play(bag: Path, arguments: tuple[str, ...], node: NodeProcess, replay: Repl
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=process_environment()
     )
     try:
-        output, _ = player.communicate()
+        output = None
+        while output is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                output, _ = player.communicate(timeout=_PROGRESS_S)
+            on_progress(time.monotonic() - started_s)
     finally:
         stop_process(player)
     replay.play_seconds = time.monotonic() - started_s

@@ -44,20 +44,20 @@ def frames_of(keyframes, labels_of):
 def test_the_bag_gives_back_what_the_data_root_says(labelled_bag, minicity_root):
     from occflownet_ros.ground_truth import read_ground_truth
 
-    keyframes, ego_from_lidar = read_ground_truth(labelled_bag)
+    keyframes = read_ground_truth(labelled_bag)
     files = sorted((minicity_root / "gts").glob("*/*/labels.npz"))
     assert len(keyframes) == len(files) > 1
     expected = {np.load(f)["semantics"].tobytes(): np.load(f)["mask_camera"] for f in files}
     for keyframe in keyframes:
         np.testing.assert_array_equal(keyframe.camera_mask, expected[keyframe.labels.tobytes()].astype(bool))
-    # nuScenes' LiDAR stands 1.84 m above the rear axle.
-    assert ego_from_lidar[2, 3] == pytest.approx(1.84, abs=0.01)
+    # Rays start where nuScenes' LiDAR stands, 1.84 m above the rear axle.
+    assert keyframes[0].ray_origins_m[0] == pytest.approx((0.944, 0, 1.840), abs=1e-3)
 
 
 def test_a_perfect_replay_scores_one_and_an_empty_one_nothing(labelled_bag):
     from occflownet_ros.ground_truth import read_ground_truth, score
 
-    keyframes, _ = read_ground_truth(labelled_bag)
+    keyframes = read_ground_truth(labelled_bag)
     perfect = score(frames_of(keyframes, lambda k: k.labels), labelled_bag)
     assert perfect["camera_mask"]["miou_17"] == 1
     assert perfect["rays"]["ray_iou"] == 1
@@ -70,7 +70,7 @@ def test_a_perfect_replay_scores_one_and_an_empty_one_nothing(labelled_bag):
 def test_a_missed_keyframe_counts_as_predicted_free(labelled_bag):
     from occflownet_ros.ground_truth import read_ground_truth, score
 
-    keyframes, _ = read_ground_truth(labelled_bag)
+    keyframes = read_ground_truth(labelled_bag)
     some = score(frames_of(keyframes[1:], lambda k: k.labels), labelled_bag)
     occupied = [int((k.labels != FREE)[k.camera_mask].sum()) for k in keyframes]
     assert some["missed_keyframes"] == 1
