@@ -48,6 +48,11 @@ def stable_token(*parts: object) -> str:
     return hashlib.md5("/".join(map(str, parts)).encode(), usedforsecurity=False).hexdigest()
 
 
+def point_labels_file(table: str, measurement_token: str, version: str) -> str:
+    """Where the labels of a sweep's points (``lidarseg`` or ``panoptic``) belong in a data root."""
+    return f"{table}/{version}/{measurement_token}_{table}.{LABEL_TABLES[table]}"
+
+
 class NuscenesTables:
     """All tables of a data root, in the making.
 
@@ -178,12 +183,11 @@ class NuscenesTables:
             }
         )
 
-    def add_point_labels(self, table: str, measurement_token: str, version: str) -> str:
-        """List the labels of a sweep's points (``lidarseg`` or ``panoptic``); where their file belongs in the root."""
-        filename = f"{table}/{version}/{measurement_token}_{table}.{LABEL_TABLES[table]}"
+    def add_point_labels(self, table: str, measurement_token: str, version: str) -> None:
+        """List the labels of a sweep's points, which lie at ``point_labels_file``."""
+        filename = point_labels_file(table, measurement_token, version)
         row = {"token": measurement_token, "sample_data_token": measurement_token, "filename": filename}
         self.rows[table].append(row)
-        return filename
 
     def write(self, root: Path, version: str) -> None:
         """Write every table to ``root/version/``."""

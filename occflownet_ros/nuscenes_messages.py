@@ -15,7 +15,9 @@ from occflownet_core.camera import Camera
 from occflownet_core.poses import RecordedPose
 
 _TWIST_WINDOW_NS = 50_000_000
-_FLOAT32 = 7  # sensor_msgs/msg/PointField
+_UINT8, _FLOAT32 = 2, 7  # sensor_msgs/msg/PointField
+LIDARSEG_FIELD = "lidarseg"
+"""Name of the field of a point cloud that holds each point's nuScenes-lidarseg index."""
 
 
 @cache
@@ -70,12 +72,19 @@ def camera_info(stamp_ns: int, camera: Camera) -> bytes:
     )
 
 
-def point_cloud(stamp_ns: int, frame_id: str, points: np.ndarray) -> bytes:
-    """sensor_msgs/msg/PointCloud2 of float32 [n, 5]: x, y, z, intensity, ring, all float32 as nuScenes stores them."""
+def point_cloud(stamp_ns: int, frame_id: str, points: np.ndarray, lidarseg: np.ndarray | None = None) -> bytes:
+    """sensor_msgs/msg/PointCloud2 of float32 [n, 5]: x, y, z, intensity, ring, all float32 as nuScenes stores them.
+
+    With nuScenes-lidarseg indices uint8 [n], those are one more field, ``lidarseg``.
+    """
     names = ("x", "y", "z", "intensity", "ring")
     fields = [_new("sensor_msgs/msg/PointField", name, 4 * i, _FLOAT32, 1) for i, name in enumerate(names)]
-    data = np.ascontiguousarray(points, dtype="<f4").view(np.uint8).ravel()
-    step, count = 4 * len(names), len(points)
+    data = np.ascontiguousarray(points, dtype="<f4").view(np.uint8)  # [n, 20]
+    if lidarseg is not None:
+        fields.append(_new("sensor_msgs/msg/PointField", LIDARSEG_FIELD, data.shape[1], _UINT8, 1))
+        data = np.pad(data, ((0, 0), (0, 4)))  # points stay aligned to four bytes
+        data[:, -4] = lidarseg
+    (count, step), data = data.shape, data.ravel()
     return _cdr(
         _new(
             "sensor_msgs/msg/PointCloud2",

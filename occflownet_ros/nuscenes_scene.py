@@ -50,6 +50,7 @@ class SensorFrame:
     intrinsic: np.ndarray | None
     mount: RecordedPose
     ego: RecordedPose
+    lidarseg_path: Path | None = None
 
     @property
     def ego_from_sensor(self) -> np.ndarray:
@@ -172,9 +173,15 @@ def _frames(nusc: NuScenes, rows: list[dict], sweeps: bool) -> tuple[list[Sensor
                 intrinsic=np.array(mount["camera_intrinsic"]) if mount["camera_intrinsic"] else None,
                 mount=RecordedPose(mount["translation"], mount["rotation"]),
                 ego=RecordedPose(ego["translation"], ego["rotation"]),
+                lidarseg_path=_lidarseg_path(nusc, row["token"]),
             )
         )
     return sorted(frames, key=lambda frame: (frame.stamp_ns, frame.channel)), absent
+
+
+def _lidarseg_path(nusc: NuScenes, token: str) -> Path | None:
+    listed = "lidarseg" in nusc.table_names and token in nusc._token2ind["lidarseg"]
+    return Path(nusc.dataroot) / nusc.get("lidarseg", token)["filename"] if listed else None
 
 
 def _keyframes(nusc: NuScenes, scene: str, samples: dict[str, dict], rows: list[dict]) -> list[Keyframe]:
@@ -237,6 +244,28 @@ def read_points(frame: SensorFrame) -> np.ndarray:
             f"{frame.path} has {len(data)} bytes, not a multiple of {LIDAR_POINT_BYTES}: it was cut short; unpack it again"
         )
     return np.frombuffer(data, dtype="<f4").reshape(-1, 5)
+
+
+def read_lidarseg(frame: SensorFrame, points: int) -> np.ndarray | None:
+    """nuScenes-lidarseg index uint8 [n] of each of a sweep's points, None where the tables list none.
+
+    Raises:
+        DatasetError: the file is missing, or for another number of points.
+    """
+    if frame.lidarseg_path is None:
+        return None
+    try:
+        labels = np.fromfile(frame.lidarseg_path, dtype=np.uint8)
+    except OSError as error:
+        raise DatasetError(
+            f"lidarseg labels {frame.lidarseg_path} cannot be read ({error.strerror}); unpack them again"
+        ) from None
+    if len(labels) != points:
+        raise DatasetError(
+            f"lidarseg labels {frame.lidarseg_path} are for {len(labels)} points and {frame.path} has {points}; "
+            "unpack both again"
+        )
+    return labels
 
 
 def read_labels(path: Path) -> tuple[np.ndarray, np.ndarray]:

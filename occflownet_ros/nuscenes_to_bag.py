@@ -25,7 +25,7 @@ from rich.table import Table
 from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
-from occflownet_core.errors import BagError, OccflownetError
+from occflownet_core.errors import BagError, DatasetError, OccflownetError
 from occflownet_core.poses import RecordedPose
 from occflownet_core.rig_file import save_rig
 from occflownet_ros import nuscenes_messages as messages
@@ -37,6 +37,7 @@ from occflownet_ros.nuscenes_scene import (
     open_nuscenes,
     read_jpeg,
     read_labels,
+    read_lidarseg,
     read_points,
     read_scene,
 )
@@ -45,7 +46,7 @@ _HELP_END = """
 topics (header stamp = the sensor's own time = bag time):
   /CAM_X/image_rect_compressed  sensor_msgs/CompressedImage  the data set's JPEG, byte for byte
   /CAM_X/camera_info            sensor_msgs/CameraInfo       K, P = [K|0], R = I, no distortion
-  /LIDAR_TOP                    sensor_msgs/PointCloud2      x, y, z, intensity, ring
+  /LIDAR_TOP                    sensor_msgs/PointCloud2      x, y, z, intensity, ring (and lidarseg, if asked for)
   /odom                         nav_msgs/Odometry            base_link in map at every sensor's stamp
   /tf, /tf_static               tf2_msgs/TFMessage           map -> base_link; base_link -> each sensor
   /keyframe                     std_msgs/Header              stamp of LIDAR_TOP, sample token as frame_id
@@ -82,7 +83,7 @@ class TopicSummary:
         self.bytes += size
 
 
-def outgoing_messages(scene: Scene, lidar: bool = True) -> list[Outgoing]:
+def outgoing_messages(scene: Scene, lidar: bool = True, lidarseg: bool = False) -> list[Outgoing]:
     """All messages of a scene in time order; where times are equal, poses come before what was seen from them."""
     everything = [*_calibration_messages(scene), *_pose_messages(scene)]
     for frame in scene.frames:
@@ -90,7 +91,12 @@ def outgoing_messages(scene: Scene, lidar: bool = True) -> list[Outgoing]:
             everything += _camera_messages(frame)
         elif frame.channel == LIDAR and lidar:
             everything.append(
-                Outgoing(frame.stamp_ns, f"/{LIDAR}", "sensor_msgs/msg/PointCloud2", lambda frame=frame: _cloud(frame))
+                Outgoing(
+                    frame.stamp_ns,
+                    f"/{LIDAR}",
+                    "sensor_msgs/msg/PointCloud2",
+                    lambda frame=frame: _cloud(frame, lidarseg),
+                )
             )
     for keyframe in scene.keyframes:
         everything += _keyframe_messages(keyframe)
@@ -143,8 +149,10 @@ def _camera_messages(frame: SensorFrame) -> list[Outgoing]:
     ]
 
 
-def _cloud(frame: SensorFrame) -> bytes:
-    return messages.point_cloud(frame.stamp_ns, frame.channel, read_points(frame))
+def _cloud(frame: SensorFrame, lidarseg: bool) -> bytes:
+    points = read_points(frame)
+    labels = read_lidarseg(frame, len(points)) if lidarseg else None
+    return messages.point_cloud(frame.stamp_ns, frame.channel, points, labels)
 
 
 def _keyframe_messages(keyframe: Keyframe) -> Iterator[Outgoing]:
@@ -164,6 +172,7 @@ def write_bag(
     compression: str = "none",
     lidar: bool = True,
     force: bool = False,
+    lidarseg: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, TopicSummary]:
     """Write a scene as a rosbag2 folder with ``calibration.yaml`` in it.
@@ -177,13 +186,18 @@ def write_bag(
         compression: ``none`` or ``zstd`` (MCAP: per chunk, sqlite3: per message).
         lidar: whether point clouds are written.
         force: whether an older bag may be replaced.
+        lidarseg: whether point clouds carry nuScenes-lidarseg labels, where the scene has them.
         on_progress: called with messages written and in total.
 
     Raises:
         BagError: the folder exists or cannot be written.
-        DatasetError: a measurement is missing or cut short.
+        DatasetError: a measurement is missing or cut short, or there are no lidarseg labels.
     """
     _require_room(folder, force)
+    if lidarseg and not any(frame.lidarseg_path for frame in scene.frames):
+        raise DatasetError(
+            f"scene {scene.name} has no lidarseg labels; unpack nuScenes-lidarseg, or leave --lidarseg out"
+        )
     plugin = StoragePlugin[storage.upper()]
     rig = scene.rig
     try:
@@ -195,7 +209,7 @@ def write_bag(
                 mode = CompressionMode.STORAGE if plugin is StoragePlugin.MCAP else CompressionMode.MESSAGE
                 writer.set_compression(mode, CompressionFormat.ZSTD)
             with writer:
-                summary = _write_messages(writer, outgoing_messages(scene, lidar), on_progress)
+                summary = _write_messages(writer, outgoing_messages(scene, lidar, lidarseg), on_progress)
             mounts = {name: frame.mount for name, frame in scene.channels.items()}
             save_rig(rig, unfinished / "calibration.yaml", f"cameras of {scene.name}", mounts)
             if folder.exists():
@@ -296,6 +310,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="zstd helps point clouds and labels; JPEGs do not get smaller (default: %(default)s)",
     )
     parser.add_argument("--no-lidar", action="store_true", help="leave the point clouds out")
+    parser.add_argument(
+        "--lidarseg", action="store_true", help="add a field lidarseg to the point clouds: each point's class"
+    )
     parser.add_argument("--keyframes-only", action="store_true", help="leave the sweeps between keyframes out")
     parser.add_argument("--force", action="store_true", help="replace a bag that is at BAG already")
     return parser.parse_args(argv)
@@ -325,6 +342,7 @@ def convert(arguments: argparse.Namespace, console: Console) -> None:
             arguments.compression,
             lidar=not arguments.no_lidar,
             force=arguments.force,
+            lidarseg=arguments.lidarseg,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     console.print(summary_table(summary))

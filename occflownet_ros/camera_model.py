@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a camera_info says, and images made into what training and the vehicle work with: rectified JPEGs."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import cached_property
+
+import cv2
+import numpy as np
+from PIL import Image as PillowImage
+from PIL import UnidentifiedImageError
+
+from occflownet_core.errors import CalibrationError, ImageError
+from occflownet_core.poses import RecordedPose
+from occflownet_core.preprocess import require_complete_jpeg
+from occflownet_ros.image_encodings import bgr_image
+from occflownet_ros.transform_tree import recorded
+
+_PINHOLE_MODELS = {"plumb_bob": (4, 5), "rational_polynomial": (8,), "thin_prism": (12,), "": (0,)}
+_FISHEYE_MODELS = {"equidistant": (4,), "fisheye": (4,)}
+
+
+@dataclass(frozen=True)
+class CameraModel:
+    """A sensor_msgs/CameraInfo (see its definition for D, K, R and P), comparable by value.
+
+    Attributes:
+        frame_id: optical frame.
+        width_px, height_px: image size.
+        distortion_model, distortion: name and D.
+        matrix: K, row by row.
+        rectification: R, row by row; all zero stands for none.
+        projection: P, row by row; all zero stands for [K | 0].
+    """
+
+    frame_id: str
+    width_px: int
+    height_px: int
+    distortion_model: str
+    distortion: tuple[float, ...]
+    matrix: tuple[float, ...]
+    rectification: tuple[float, ...]
+    projection: tuple[float, ...]
+
+    @classmethod
+    def from_message(cls, message: object) -> CameraModel:
+        """Of a decoded camera_info.
+
+        Raises:
+            CalibrationError: it is of a binned image or of a part of one.
+        """
+        region = message.roi
+        if max(message.binning_x, message.binning_y) > 1 or (region.width and region.width != message.width):
+            raise CalibrationError(
+                f"the camera_info of {message.header.frame_id} is for binned images or a region of interest; "
+                "record full images, or give the intrinsics in a calibration_file"
+            )
+        numbers = (tuple(np.asarray(values, dtype=float).tolist()) for values in (message.d, message.k, message.r))
+        distortion, matrix, rectification = numbers
+        return cls(
+            message.header.frame_id,
+            int(message.width),
+            int(message.height),
+            message.distortion_model,
+            distortion,
+            matrix,
+            rectification,
+            tuple(np.asarray(message.p, dtype=float).tolist()),
+        )
+
+    @cached_property
+    def intrinsic(self) -> np.ndarray:
+        """[3, 3] of the rectified image, pixels."""
+        projection = np.array(self.projection).reshape(3, 4)[:, :3]
+        return projection if projection.any() else np.array(self.matrix).reshape(3, 3)
+
+    @cached_property
+    def rectified_from_camera(self) -> np.ndarray:
+        """Rotation [3, 3] from the camera's frame to the rectified image's: the identity but for stereo pairs."""
+        rotation = np.array(self.rectification).reshape(3, 3)
+        return rotation if rotation.any() else np.eye(3)
+
+    @property
+    def changes_images(self) -> bool:
+        """Whether a rectified image differs from what the sensor saw."""
+        same_matrix = np.array_equal(self.intrinsic.ravel(), self.matrix)
+        return any(self.distortion) or not same_matrix or not np.array_equal(self.rectified_from_camera, np.eye(3))
+
+    def mount(self, ego_from_camera: RecordedPose) -> RecordedPose:
+        """The rectified camera's pose; as recorded unless R turns it."""
+        if np.array_equal(self.rectified_from_camera, np.eye(3)):
+            return ego_from_camera
+        camera_from_rectified = np.eye(4)
+        camera_from_rectified[:3, :3] = self.rectified_from_camera.T
+        return recorded(ego_from_camera.matrix @ camera_from_rectified)
+
+    @cached_property
+    def maps(self) -> tuple[np.ndarray, np.ndarray]:
+        """For ``cv2.remap``: where each rectified pixel is in the sensor's image.
+
+        Raises:
+            CalibrationError: the distortion model is not known, or has another number of coefficients.
+        """
+        counts = (_PINHOLE_MODELS | _FISHEYE_MODELS).get(self.distortion_model)
+        if counts is None or (len(self.distortion) not in counts and any(self.distortion)):
+            known = ", ".join(name for name in (*_PINHOLE_MODELS, *_FISHEYE_MODELS) if name)
+            raise CalibrationError(
+                f"the camera_info of {self.frame_id} has distortion model '{self.distortion_model}' with "
+                f"{len(self.distortion)} coefficients; known are {known}: rectify the images before recording"
+            )
+        make = cv2.fisheye.initUndistortRectifyMap
+        if self.distortion_model not in _FISHEYE_MODELS:
+            make = cv2.initUndistortRectifyMap
+        return make(
+            np.array(self.matrix).reshape(3, 3),
+            np.array(self.distortion or (0.0,) * 4),
+            self.rectified_from_camera,
+            self.intrinsic,
+            (self.width_px, self.height_px),
+            cv2.CV_32FC1,
+        )
+
+
+def rectified_jpeg(message: object, model: CameraModel, is_rectified: bool, quality: int) -> tuple[bytes, bool]:
+    """An image message as a rectified JPEG, and whether its bytes are the camera's own.
+
+    A JPEG that needs no rectification is kept byte for byte; anything else is encoded anew.
+
+    Args:
+        message: a decoded sensor_msgs/CompressedImage or sensor_msgs/Image.
+        model: its camera.
+        is_rectified: whether it is rectified already.
+        quality: of a new encoding, 1..100.
+
+    Raises:
+        ImageError: it cannot be decoded, is cut short, or of another size than the camera_info says.
+        CalibrationError: see ``CameraModel.maps``.
+    """
+    rectify = model.changes_images and not is_rectified
+    is_compressed = hasattr(message, "format")
+    if is_compressed and not rectify and bytes(message.data[:2]) == b"\xff\xd8":
+        return _kept_jpeg(np.asarray(message.data), model), True
+    image = _decoded(np.asarray(message.data)) if is_compressed else _raw(message)
+    _require_size(image.shape[1], image.shape[0], model)
+    if rectify:
+        image = cv2.remap(image, *model.maps, interpolation=cv2.INTER_LINEAR)
+    encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return encoded.tobytes(), False
+
+
+def _kept_jpeg(data: np.ndarray, model: CameraModel) -> bytes:
+    require_complete_jpeg(data)
+    content = data.tobytes()
+    try:
+        with PillowImage.open(io.BytesIO(content)) as image:
+            _require_size(*image.size, model)
+    except (UnidentifiedImageError, OSError) as error:
+        raise ImageError(f"a JPEG of {len(content)} bytes has no readable head ({error}); it is damaged") from None
+    return content
+
+
+def _decoded(data: np.ndarray) -> np.ndarray:
+    require_complete_jpeg(data)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    if image is None:
+        raise ImageError(f"{data.size} bytes do not decode as an image; send JPEG or PNG")
+    return image
+
+
+def _raw(message: object) -> np.ndarray:
+    return bgr_image(
+        np.asarray(message.data),
+        message.encoding,
+        message.width,
+        message.height,
+        message.step,
+        bool(message.is_bigendian),
+    )
+
+
+def _require_size(width_px: int, height_px: int, model: CameraModel) -> None:
+    if (width_px, height_px) != (model.width_px, model.height_px):
+        raise ImageError(
+            f"the image is {width_px} x {height_px} px and the camera_info of {model.frame_id} says "
+            f"{model.width_px} x {model.height_px}; make them agree"
+        )

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pixels of raw images in the encodings of sensor_msgs (include/sensor_msgs/image_encodings.hpp), as OpenCV's BGR."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from occflownet_core.errors import ImageError
+
+# channels, and the conversion to BGR. OpenCV names a Bayer pattern by its second row's second and third pixel.
+_EIGHT_BIT: dict[str, tuple[int, int | None]] = {
+    "bgr8": (3, None),
+    "8UC3": (3, None),
+    "rgb8": (3, cv2.COLOR_RGB2BGR),
+    "bgra8": (4, cv2.COLOR_BGRA2BGR),
+    "8UC4": (4, cv2.COLOR_BGRA2BGR),
+    "rgba8": (4, cv2.COLOR_RGBA2BGR),
+    "mono8": (1, cv2.COLOR_GRAY2BGR),
+    "8UC1": (1, cv2.COLOR_GRAY2BGR),
+    "yuv422": (2, cv2.COLOR_YUV2BGR_UYVY),
+    "uyvy": (2, cv2.COLOR_YUV2BGR_UYVY),
+    "yuv422_yuy2": (2, cv2.COLOR_YUV2BGR_YUYV),
+    "yuyv": (2, cv2.COLOR_YUV2BGR_YUYV),
+    "bayer_rggb8": (1, cv2.COLOR_BayerBG2BGR),
+    "bayer_bggr8": (1, cv2.COLOR_BayerRG2BGR),
+    "bayer_gbrg8": (1, cv2.COLOR_BayerGR2BGR),
+    "bayer_grbg8": (1, cv2.COLOR_BayerGB2BGR),
+}
+_SIXTEEN_BIT = {name: name[:-2] + "8" for name in ("mono16", "rgb16", "bgr16", "rgba16", "bgra16")} | {
+    f"bayer_{pattern}16": f"bayer_{pattern}8" for pattern in ("rggb", "bggr", "gbrg", "grbg")
+}
+
+ENCODINGS: tuple[str, ...] = (*_EIGHT_BIT, *_SIXTEEN_BIT)
+
+
+def bgr_image(
+    data: np.ndarray | bytes, encoding: str, width_px: int, height_px: int, step: int, is_bigendian: bool = False
+) -> np.ndarray:
+    """uint8 [height, width, 3], blue first, of a sensor_msgs/Image; of 16-bit values the upper eight bits.
+
+    Args:
+        data: the message's bytes.
+        encoding: one of ``ENCODINGS``.
+        step: bytes per row, which may be padded.
+        is_bigendian: order of the bytes of 16-bit values.
+
+    Raises:
+        ImageError: the encoding is not supported, or there are more or fewer bytes than rows ask for.
+    """
+    base = _SIXTEEN_BIT.get(encoding, encoding)
+    if base not in _EIGHT_BIT:
+        raise ImageError(f"raw images of encoding '{encoding}' are not supported; send one of {', '.join(ENCODINGS)}")
+    channels, conversion = _EIGHT_BIT[base]
+    depth_bytes = 2 if encoding in _SIXTEEN_BIT else 1
+    row_bytes = width_px * channels * depth_bytes
+    data = np.frombuffer(data, dtype=np.uint8)
+    if step < row_bytes or data.size != step * height_px or not data.size:
+        raise ImageError(
+            f"a raw {encoding} image of {width_px} x {height_px} px with rows of {step} bytes holds {data.size} bytes, "
+            f"expected {step * height_px} with rows of at least {row_bytes}; it was cut short or mislabelled"
+        )
+    pixels = data.reshape(height_px, step)[:, :row_bytes]
+    if depth_bytes == 2:
+        pixels = pixels[:, 0 if is_bigendian else 1 :: 2]
+    pixels = np.ascontiguousarray(pixels).reshape(height_px, width_px, channels)
+    return pixels if conversion is None else cv2.cvtColor(pixels, conversion)
