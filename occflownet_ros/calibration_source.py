@@ -35,6 +35,21 @@ class Intrinsics:
         return np.array(self.matrix, dtype=np.float64).reshape(3, 3)
 
 
+def anchor_index(cameras: tuple[str, ...], anchor_camera: str) -> int:
+    """Index of the anchor camera; the first where none is named.
+
+    Raises:
+        CalibrationError: the bundle has no such camera.
+    """
+    if not anchor_camera:
+        return 0
+    if anchor_camera not in cameras:
+        raise CalibrationError(
+            f"anchor_camera is '{anchor_camera}', but the bundle's cameras are {', '.join(cameras)}; choose one of them"
+        )
+    return cameras.index(anchor_camera)
+
+
 def cameras_of_file(rig: CameraRig, names: Sequence[str], namespaces: Sequence[str]) -> tuple[Camera, ...]:
     """The file's camera for each of the network's: the one named as the namespace ends, else as the bundle says.
 

@@ -22,6 +22,7 @@ from occflownet_core.labels import CLASS_NAMES, COLORS_RGB, FREE
 from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_core.runtime.bundle import Bundle, load_bundle
 from occflownet_ros.ground_truth import score
+from occflownet_ros.parameters import EVERY_SET
 from occflownet_ros.share import share_path
 
 _PICTURE_WIDTH_PX = 1614
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     calibration = arguments.calibration or bag / "calibration.yaml"
     bundle = load_bundle(bundle_path)
     # rclpy is imported late: the transport's environment must stand before.
-    from occflownet_ros.replay import EVERY_SET, process_environment, replay_bag
+    from occflownet_ros.replay import process_environment, replay_bag
 
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     os.environ.setdefault("ROS_DOMAIN_ID", str(random.choice(_DOMAINS)))  # away from a vehicle's own graph

@@ -15,17 +15,12 @@ from occflownet_ros.bag_keyframes import BagKeyframe, NodeInputs, keyframe_messa
 from occflownet_ros.player_node import message_class, publisher_qos
 from occflownet_ros.replay import (
     DIAGNOSTICS_PERIOD_S,
-    EVERY_SET,
     NodeProcess,
     Replay,
     ReplayError,
     activate,
     recording,
 )
-
-LOCKSTEP = {**EVERY_SET, "odom_wait_ms": 1000.0, "memory_max_gap_s": 60.0}
-"""Node parameters for lockstep: nothing is dropped for lateness, a set waits for its pose, and the memory outlives the
-time between two keyframes."""
 
 _MATCHING_TIMEOUT_S = 30.0
 _SETTLE_S = 0.5
@@ -50,7 +45,7 @@ def replay_lockstep(
         bag: rosbag2 folder or file.
         keyframes: of the bag, in order of time.
         inputs: topics to send.
-        parameters: the node's, ``LOCKSTEP`` among them.
+        parameters: the node's, ``parameters.LOCKSTEP`` among them.
         log_directory: takes ``node.log``; is made.
         answer_timeout_s: after so long without labels a keyframe counts as unanswered.
         on_answer: called after each keyframe.

@@ -33,9 +33,9 @@ from occflownet_core.rig_file import load_rig
 from occflownet_core.runtime.bundle import Bundle, load_bundle
 from occflownet_core.runtime.engine import Engine, create_engine
 from occflownet_ros import conversions, diagnostics, parameters
-from occflownet_ros.calibration_source import CalibrationSource, cameras_of_file
+from occflownet_ros.calibration_source import CalibrationSource, anchor_index, cameras_of_file
 from occflownet_ros.parameters import ParameterError, Settings
-from occflownet_ros.pipeline import Pipeline, PipelineReport, anchor_index
+from occflownet_ros.pipeline import Pipeline, PipelineReport
 from occflownet_ros.publishers import Outputs
 from occflownet_ros.tf_adapter import TfExtrinsics
 

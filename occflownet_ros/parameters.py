@@ -182,6 +182,12 @@ NAMES: tuple[str, ...] = tuple(row.name for row in fields(Settings))
 LIVE: frozenset[str] = frozenset(row.name for row in fields(Settings) if row.metadata["live"])
 """Parameters that take effect while the node is configured or active; the others need a cleanup first."""
 
+EVERY_SET = {"deadline_ms": 10_000.0, "image_reliability": "reliable", "odom_reliability": "reliable"}
+"""Node parameters for replays that want every set, however busy the machine is; a vehicle's defaults drop late ones."""
+
+LOCKSTEP = {**EVERY_SET, "odom_wait_ms": 1000.0, "memory_max_gap_s": 60.0}
+"""Values for replays keyframe by keyframe: besides, a set waits for its pose, and the memory outlives the time between two."""
+
 
 def defaults() -> dict[str, object]:
     """ROS values of the defaults, by name, in the table's order (tuples as lists; ROS has no empty string list)."""

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from occflownet_core.camera import Camera, CameraRig
-from occflownet_core.errors import CalibrationError, ImageError, OccflownetError
+from occflownet_core.errors import ImageError, OccflownetError
 from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_core.runtime.engine import Engine
 from occflownet_ros import conversions
@@ -324,18 +324,3 @@ class Pipeline:
             self._ego_motion.forget("engine", f"memory forgotten after a failure: {error}")
         where = "" if isinstance(error, OccflownetError) else "\n" + "".join(traceback.format_exception(error))
         self._complain("engine", f"a set could not be processed: {error}{where}")
-
-
-def anchor_index(cameras: tuple[str, ...], anchor_camera: str) -> int:
-    """Index of the anchor camera; the first where none is named.
-
-    Raises:
-        CalibrationError: the bundle has no such camera.
-    """
-    if not anchor_camera:
-        return 0
-    if anchor_camera not in cameras:
-        raise CalibrationError(
-            f"anchor_camera is '{anchor_camera}', but the bundle's cameras are {', '.join(cameras)}; choose one of them"
-        )
-    return cameras.index(anchor_camera)

@@ -36,9 +36,6 @@ NODE_NAME = "occflownet"
 DIAGNOSTICS_PERIOD_S = 1.0
 """The node reports once in so long."""
 
-EVERY_SET = {"deadline_ms": 10_000.0, "image_reliability": "reliable", "odom_reliability": "reliable"}
-"""Node parameters for replays that want every set, however busy the machine is; a vehicle's defaults drop late ones."""
-
 # Only these are played: the player then waits until every one of them has a listener.
 _NODE_INPUTS = (
     "sensor_msgs/msg/CompressedImage",

@@ -45,7 +45,8 @@ def test_every_keyframes_labels_come_back(scene_name, nuscenes_real_root, tiny_b
     from occflownet_core.runtime.bundle import load_bundle
     from occflownet_core.runtime.engine import create_engine
     from occflownet_ros.nuscenes_to_bag import main as nuscenes_to_bag
-    from occflownet_ros.replay import EVERY_SET, replay_bag
+    from occflownet_ros.parameters import EVERY_SET
+    from occflownet_ros.replay import replay_bag
 
     bag = tmp_path / scene_name
     arguments = [

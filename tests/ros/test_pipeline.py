@@ -19,8 +19,9 @@ from occflownet_core.labels import FREE
 from occflownet_core.lift_tables import DepthBins, LiftSpec
 from occflownet_core.runtime.bundle import Bundle
 from occflownet_core.runtime.engine import Engine, Prediction
+from occflownet_ros.calibration_source import anchor_index
 from occflownet_ros.parameters import Settings
-from occflownet_ros.pipeline import Pipeline, anchor_index
+from occflownet_ros.pipeline import Pipeline
 from occflownet_ros.publishers import STAGES
 
 MS = 1_000_000
