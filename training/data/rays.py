@@ -9,7 +9,7 @@ cached; ``temporal_rays`` moves them into the current one, six origins and one r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -78,14 +78,20 @@ class LidarRays:
         no_return: also give the directions in which the LiDAR got no echo, from the LiDAR's own centre
             (``lidar_holes``). The published method has none of them.
         keep_noise: keep points labelled as noise or as the ego vehicle, which become class ``others``.
+        half_pixel_offset: see ``RenderConfig.half_pixel_offset``.
     """
 
     def __init__(
-        self, labels: Literal["lidarseg", "panoptic"] = "lidarseg", no_return: bool = False, keep_noise: bool = False
+        self,
+        labels: Literal["lidarseg", "panoptic"] = "lidarseg",
+        no_return: bool = False,
+        keep_noise: bool = False,
+        half_pixel_offset: bool = False,
     ) -> None:
         if labels not in ("lidarseg", "panoptic"):
             raise DatasetError(f"LiDAR labels '{labels}' are unknown; choose lidarseg or panoptic")
         self.labels, self.no_return, self.keep_noise = labels, no_return, keep_noise
+        self.half_pixel_offset = half_pixel_offset
 
     def frame_rays(self, keyframe: Keyframe) -> FrameRays:
         """See ``RaySource``; points outside every image are dropped."""
@@ -96,6 +102,8 @@ class LidarRays:
             scene = ~np.isin(raw, _NOT_SCENE)
             in_lidar_m, label = in_lidar_m[scene], label[scene]
         lidar_ray = lidar_to_camera_rays(keyframe, in_lidar_m, label)
+        if self.half_pixel_offset:
+            lidar_ray = half_a_pixel_off(lidar_ray, keyframe)
         return _with_holes(lidar_ray, keyframe, points) if self.no_return else lidar_ray
 
 
@@ -155,6 +163,19 @@ def lidar_to_camera_rays(keyframe: Keyframe, points_m: np.ndarray, label: np.nda
     sight_m = in_ego_m[point] - origin_m[camera_index]
     range_m = np.sqrt(np.einsum("rc,rc->r", sight_m, sight_m))
     return FrameRays(origin_m, camera_index, sight_m / range_m[:, None], range_m, label[point], pixel, depth_m)
+
+
+def half_a_pixel_off(rays: FrameRays, keyframe: Keyframe) -> FrameRays:
+    """Rays through points half a pixel further right and down in the image on disk, at the same depth, as published."""
+    ego_from_global = poses.inverse(keyframe.global_from_ego)
+    per_depth = np.zeros((len(keyframe.cameras) + 1, 3), dtype=np.float32)  # the LiDAR, last, has no pixels
+    for i, camera in enumerate(keyframe.cameras):
+        in_camera = np.linalg.inv(camera.intrinsic) @ (0.5, 0.5, 0.0)
+        per_depth[i] = poses.rotate_vectors(ego_from_global @ camera.global_from_sensor, in_camera[None])[0]
+    shift_m = rays.depth_m[:, None] * per_depth[rays.camera_index]
+    sight_m = rays.direction * rays.range_m[:, None] + shift_m
+    range_m = np.linalg.norm(sight_m, axis=1)
+    return replace(rays, direction=sight_m / range_m[:, None], range_m=range_m, pixel=rays.pixel + np.float32(0.5))
 
 
 def _seen(homogeneous: np.ndarray, keyframe: Keyframe) -> tuple[np.ndarray, ...]:

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks trained with different supervision, alike in all else: `python -m benchmarks.network_training --help`.
+
+Each run is a process of `training.fit` and one of `training.evaluate` on scenes of another seed. What is finished is
+kept, and an interrupted run goes on from its last checkpoint, so rows may be run one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.paired_tables import Scores, TextTable, difference_table, mean_table
+from benchmarks.report import machine
+from occflownet_core.errors import ConfigError, OccflownetError, TrainingError
+
+MEASURES = {
+    "miou": "mIoU",
+    "geometric": "geometric",
+    "static": "static",
+    "dynamic": "dynamic",
+    "ray_iou": "RayIoU",
+}
+
+
+@dataclass(frozen=True)
+class NetworkRow:
+    """One kind of supervision.
+
+    Attributes:
+        title: for the table.
+        reference: key of the row that this one is compared with.
+        options: of ``training.fit``, on top of the configuration.
+        seeds: how many runs it takes: differences between neighbours are small against those between seeds.
+    """
+
+    title: str
+    reference: str | None
+    options: tuple[str, ...]
+    seeds: int = 1
+
+
+_STATIC = ("--motion.kind", "static")
+ROWS = {
+    "single": NetworkRow(
+        "2D, single frame", None, (*_STATIC, "--data.horizon", "0", "--supervision.current_share", "null")
+    ),
+    "static": NetworkRow("2D, 7 keyframes, static world", "single", _STATIC, seeds=3),
+    "filter": NetworkRow("2D, 7 keyframes, dynamic filter", "static", ("--motion.kind", "filter"), seeds=3),
+    "flow": NetworkRow("2D, 7 keyframes, box flow", "filter", ("--motion.kind", "box_flow"), seeds=3),
+    "2d3d": NetworkRow("2D with box flow, and 3D", "3d", ("--motion.kind", "box_flow", "--supervision.kind", "2d3d")),
+    "3d": NetworkRow("3D", "flow", ("--supervision.kind", "3d")),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row with one seed.
+
+    Attributes:
+        key: of the row.
+        seed: of weights, order, augmentation and drawn rays.
+        out: folder of the run.
+    """
+
+    key: str
+    seed: int
+    out: Path
+
+    @property
+    def result(self) -> Path:
+        """The evaluation's JSON; it is there when the run is finished."""
+        return self.out / "eval.json"
+
+    def fit_command(self, options: argparse.Namespace) -> list[str]:
+        """``training.fit`` from the start, or from the last checkpoint where there is one."""
+        roots = "[" + ",".join(str(root) for root in options.dataroot) + "]"
+        settings = {
+            "data.dataroot": roots,
+            "data.val_dataroot": options.val_dataroot,
+            "trainer.out": self.out,
+            "trainer.seed": self.seed,
+            "trainer.max_steps": options.steps,
+            "trainer.val_steps": options.steps,  # one validation, at the end: it takes the threshold
+            "trainer.threads": options.threads,
+        }
+        command = [sys.executable, "-m", "training.fit", "--config", str(options.config)]
+        command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        command += ROWS[self.key].options
+        return [*command, "--resume", "last"] if (self.out / "last.ckpt").exists() else command
+
+    def evaluate_command(self, options: argparse.Namespace) -> list[str]:
+        """``training.evaluate`` of the last weights on the held-out scenes."""
+        command = [sys.executable, "-m", "training.evaluate", "--checkpoint", str(self.out / "last.ckpt")]
+        command += ["--dataroot", str(options.val_dataroot), "--out", str(self.result)]
+        return [*command, "--threads", str(options.threads), "--pictures", "2"]
+
+    def carry_out(self, options: argparse.Namespace, console: Console) -> None:
+        """Train and evaluate.
+
+        Raises:
+            TrainingError: a process failed.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        for command, log in ((self.fit_command(options), "fit.log"), (self.evaluate_command(options), "evaluate.log")):
+            console.print(f"[dim]{shlex.join(command)}[/]", highlight=False)
+            with (self.out / log).open("a") as stream:
+                status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
+            if status:
+                last = (self.out / log).read_text().strip().splitlines()[-1:]
+                self.result.unlink(missing_ok=True)
+                raise TrainingError(f"run {self.out} failed ({' '.join(last)}); its output is in {self.out / log}")
+        console.print(f"{self.out.name}: {time.perf_counter() - began:.0f} s")
+
+
+def load_scores(run: Run) -> dict[str, float] | None:
+    """The measures of a finished run, camera mask; None where it is not finished."""
+    if not run.result.is_file() or not run.result.stat().st_size:
+        return None
+    report = json.loads(run.result.read_text())
+    masked = report["camera_mask"]
+    values = {
+        "miou": masked["miou_17"],
+        "geometric": masked["geometric_iou"],
+        "static": masked["static_miou"],
+        "dynamic": masked["dynamic_miou"],
+        "ray_iou": report["rays"]["ray_iou"],
+    }
+    return {name: float("nan") if value is None else value for name, value in values.items()}
+
+
+def tables(runs: Sequence[Run], title: str) -> list[TextTable]:
+    """Means over seeds and paired differences of what is finished."""
+    rows: dict[str, Scores] = {}
+    for run in runs:
+        scores = load_scores(run)
+        if scores:
+            rows.setdefault(run.key, {})[str(run.seed)] = scores
+    if not rows:
+        return []
+    names = {key: row.title for key, row in ROWS.items()}
+    references = {key: row.reference for key, row in ROWS.items()}
+    counts = {"seeds": {key: str(len(scores)) for key, scores in rows.items()}}
+    return [
+        mean_table(f"Networks: IoU in %, {title}", rows, names, MEASURES, counts),
+        difference_table(f"Networks: paired differences, {title}", rows, references, names, MEASURES),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options, Console())
+    except OccflownetError as error:
+        print(f"benchmarks.network_training: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(options: argparse.Namespace, console: Console) -> None:
+    unknown = [key for key in options.rows if key not in ROWS]
+    if unknown:
+        raise ConfigError(f"row '{unknown[0]}' is unknown; the rows are {', '.join(ROWS)}")
+    folder = options.out / "networks" / f"{options.config.stem}_{options.steps}steps"
+    runs = {key: [Run(key, seed, folder / f"{key}_seed{seed}") for seed in range(ROWS[key].seeds)] for key in ROWS}
+    # Seed after seed rather than row after row: an interrupted session has compared as many rows as it could.
+    wanted = [run for key in options.rows for run in runs[key] if options.seed in (None, run.seed)]
+    for run in sorted(wanted, key=lambda run: run.seed):
+        if load_scores(run) is None and not options.tables:
+            run.carry_out(options, console)
+    made = tables([run for row in runs.values() for run in row], f"{options.config.stem}, {options.steps} steps")
+    for table in made:
+        table.show(console)
+    if made:
+        here = machine()
+        header = f"Machine: {here['cpu']}, {options.threads} thread(s), Python {here['python']}, {here['date']}.\n"
+        out = options.out / f"networks_{options.config.stem}_{options.steps}.md"
+        out.write_text("\n".join([header, *(table.markdown() for table in made)]))
+        console.print(f"written: {out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.network_training",
+        description="Train small networks with different supervision, alike in all else, and evaluate them on held-out "
+        "scenes. Finished runs are kept, interrupted ones go on.",
+        epilog="rows: " + ", ".join(f"{key} ({row.title}; {row.seeds} seed(s))" for key, row in ROWS.items()),
+    )
+    parser.add_argument("--dataroot", type=Path, nargs="+", required=True, metavar="DIR", help="roots to learn from")
+    parser.add_argument(
+        "--val-dataroot", type=Path, required=True, metavar="DIR", help="root of another seed to evaluate on"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/ablation"), metavar="DIR", help="default %(default)s")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="default: all, see below")
+    parser.add_argument("--seed", type=int, help="only this seed of each row (default: all that the row takes)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path("training/configs/minicity_micro.yaml"),
+        metavar="FILE",
+        help="the network (default %(default)s)",
+    )
+    parser.add_argument("--steps", type=int, default=400, help="optimiser steps per run (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
+    parser.add_argument("--tables", action="store_true", help="run nothing, only make the tables of what is finished")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
