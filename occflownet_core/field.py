@@ -32,6 +32,7 @@ class FieldConfig:
             probability of 0.33.
         density_scale_per_m: what the activation is multiplied with, 1/m (1 for the published sigmoid).
         initial_density_per_m: density of the untrained field, 1/m; low, so that rays see far from the first step on.
+        velocity: whether there is a third decoder, for the velocity of what is there.
     """
 
     channels: int = 32
@@ -40,10 +41,11 @@ class FieldConfig:
     density: Literal["softplus", "sigmoid"] = "softplus"
     density_scale_per_m: float = 5.0
     initial_density_per_m: float = 0.1
+    velocity: bool = False
 
 
 class FieldDecoder(nn.Module):
-    """Two small perceptrons over voxel features: density and class logits.
+    """Small perceptrons over voxel features: density, class logits and, where configured, velocity.
 
     Raises:
         ConfigError: a density setting is out of range, or the activation is unknown.
@@ -55,6 +57,11 @@ class FieldDecoder(nn.Module):
         self.density_head = _perceptron(config.channels, config.hidden, config.layers, 1)
         self.semantic_head = _perceptron(config.channels, config.hidden, config.layers, FREE)
         nn.init.constant_(self.density_head[-1].bias, _initial_bias(config))
+        if config.velocity:
+            self.velocity_head = _perceptron(config.channels, config.hidden, config.layers, 3)
+            # A world that stands still is the best first guess; rays of neighbour keyframes are right for most of it.
+            nn.init.zeros_(self.velocity_head[-1].weight)
+            nn.init.zeros_(self.velocity_head[-1].bias)
 
     def pre_density(self, features: Tensor) -> Tensor:
         """What the density activation takes, [...], of features [..., C]."""
@@ -68,6 +75,16 @@ class FieldDecoder(nn.Module):
     def logits(self, features: Tensor) -> Tensor:
         """Logits [..., 17] of the occupied classes, of features [..., C]."""
         return self.semantic_head(features)
+
+    def velocity(self, features: Tensor) -> Tensor:
+        """Velocity [..., 3] in m/s, ego frame, of what is there, of features [..., C].
+
+        Raises:
+            ConfigError: the field was configured without velocity.
+        """
+        if not self.config.velocity:
+            raise ConfigError("this field predicts no velocity; set model.field.velocity: true and train it")
+        return self.velocity_head(features)
 
 
 @dataclass(frozen=True)
@@ -124,6 +141,15 @@ class OccupancyField:
         pre_density = refine(self.decoder.pre_density(features)[:, None], factor)[:, 0]  # [B, Z', Y', X']
         logits = refine(self.decoder.logits(features).movedim(-1, 1), factor)  # [B, 17, Z', Y', X']
         return self.decoder.density(pre_density), logits
+
+    def velocity_lattice(self, grid: VoxelGrid | None = None) -> Tensor:
+        """Velocity [B, 3, Z, Y, X] in m/s at a grid's cell centres; argument and errors as for ``lattice``.
+
+        Raises:
+            ConfigError: the field was configured without velocity.
+        """
+        velocity_mps = self.decoder.velocity(self.features.movedim(1, -1)).movedim(-1, 1)
+        return refine(velocity_mps, self._refinement(grid or self.grid))
 
     def _at(self, points_m: Tensor, batch_index: Tensor) -> tuple[Tensor, Tensor]:
         """Features [N, C] at points, the outermost half cells flat; and which points [N] lie in the box."""

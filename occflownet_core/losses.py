@@ -27,6 +27,7 @@ OCC3D_VOXEL_COUNTS: tuple[int, ...] = (
 
 _PROBABILITY_FLOOR = 1e-6
 _CHANCE_FLOOR = 1e-4
+_STILL_MPS = 0.1
 
 
 class NonFiniteLossError(OccflownetError):
@@ -67,6 +68,11 @@ class LossConfig:
         occupancy_weight, voxel_semantic_weight: of the two 3D terms, where 3D labels are used at all.
         voxel_camera_mask: 3D terms only where ``mask_camera`` says that some camera sees the voxel.
         depth_weight: of the depth distribution against LiDAR.
+        flow_smoothness_weight, static_flow_weight: of the two priors on predicted velocity, where it is learned.
+        box_velocity_weight: of predicted velocity inside annotated boxes that move.
+        image_semantic_weight: of the classes that a linear map reads off each pixel's lifted context, against the
+            class of the LiDAR return in it (not published). A backbone without pretraining learns classes from this
+            long before it can from rays.
     """
 
     range_weight: float = 0.05
@@ -85,6 +91,10 @@ class LossConfig:
     voxel_semantic_weight: float = 1.0
     voxel_camera_mask: bool = True
     depth_weight: float = 0.05
+    image_semantic_weight: float = 0.0
+    flow_smoothness_weight: float = 0.0
+    static_flow_weight: float = 0.0
+    box_velocity_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.range_error not in ("squared", "absolute", "huber", "log"):
@@ -309,6 +319,12 @@ def static_flow_loss(velocity_mps: Tensor, logits: Tensor, movable: tuple[int, .
     # A root's slope is infinite at rest, where most voxels are.
     speed = (velocity_mps.square().sum(dim=1) + _PROBABILITY_FLOOR).sqrt() - _PROBABILITY_FLOOR**0.5
     return _mean(speed * chance)
+
+
+def velocity_loss(velocity_mps: Tensor, wanted_mps: Tensor) -> Tensor:
+    """Mean length of the difference of velocities [n, 3], rounded off below 0.1 m/s; zero, with a graph, of none."""
+    difference = (velocity_mps - wanted_mps.to(velocity_mps)).square().sum(dim=-1)
+    return _mean((difference + _STILL_MPS**2).sqrt() - _STILL_MPS)
 
 
 def require_finite(losses: Mapping[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ from occflownet_core.encoder.volume import VolumeConfig, VolumeEncoder
 from occflownet_core.errors import ConfigError, OccflownetError
 from occflownet_core.field import FieldConfig, FieldDecoder, OccupancyField, occupancy_probability
 from occflownet_core.grid import OCC3D_GRID, VoxelGrid
-from occflownet_core.labels import FREE
+from occflownet_core.labels import FREE, OCCUPIED_CLASSES
 from occflownet_core.lift_tables import LiftSpec
 
 NUSCENES_CAMERAS = (
@@ -132,18 +132,30 @@ class ModelConfig:
         )
 
 
+class ObservedImages(NamedTuple):
+    """What the images of one frame say by themselves.
+
+    Attributes:
+        volume: [B, C * Z, Y, X], which is the next frame's memory.
+        depth_logits: [B, N, D, h, w] over the depth bins.
+        class_logits: [B, N, 17, h, w] over the occupied classes; for supervision only.
+    """
+
+    volume: Tensor
+    depth_logits: Tensor
+    class_logits: Tensor
+
+
 class ModelOutput(NamedTuple):
     """What a forward pass gives.
 
     Attributes:
         field: the occupancy field in the current ego frame.
-        depth_logits: [B, N, D, h, w] over the depth bins, for depth supervision.
-        state: [B, C * Z, Y, X], the memory for the next frame.
+        seen: what the current images say by themselves; its volume is the memory for the next frame.
     """
 
     field: OccupancyField
-    depth_logits: Tensor
-    state: Tensor
+    seen: ObservedImages
 
 
 class OccFlowNet(nn.Module):
@@ -174,6 +186,8 @@ class OccFlowNet(nn.Module):
         self.frame_block = ConvBlock(config.depth.context_channels * heights, memory)
         self.volume_encoder = VolumeEncoder(2 * memory, config.field.channels * heights, config.volume)
         self.decoder = FieldDecoder(config.field)
+        # Reads classes off the lifted context linearly, so that learning them puts them there; no part of what is deployed.
+        self.context_classes = nn.Conv2d(config.depth.context_channels, OCCUPIED_CLASSES, 1)
 
     def forward(self, images: Tensor, tables: LiftTensors, previous_from_current: Tensor, state: Tensor) -> ModelOutput:
         """The occupancy field around the vehicle.
@@ -184,23 +198,26 @@ class OccFlowNet(nn.Module):
             previous_from_current: [B, 4, 4], pose of the current ego frame in the previous frame's ego frame.
             state: [B, C * Z, Y, X], the ``state`` of the previous frame; zeros where there is none.
         """
-        volume, depth_logits = self.observe(images, tables)
+        seen = self.observe(images, tables)
         memory = warp_planar(state, previous_from_current, self.grid)
         # In mixed precision the field stays float32: a ray sums many small densities.
-        features = self.volume_encoder(torch.cat([volume, memory], dim=1)).float()
+        features = self.volume_encoder(torch.cat([seen.volume, memory], dim=1)).float()
         x, y, z = self.grid.shape
         field = OccupancyField(features.reshape(len(features), -1, z, y, x), self.grid, self.decoder)
-        return ModelOutput(field, depth_logits, volume)
+        return ModelOutput(field, seen)
 
-    def observe(self, images: Tensor, tables: LiftTensors) -> tuple[Tensor, Tensor]:
-        """One frame by itself: its volume [B, C * Z, Y, X], which is the next frame's memory, and depth logits."""
+    def observe(self, images: Tensor, tables: LiftTensors) -> ObservedImages:
+        """One frame by itself, without memory; arguments as for ``forward``."""
         batch, cameras = images.shape[:2]
         features = self.image_encoder(images.flatten(0, 1))
         depth_logits, context = self.depth_net(features)
-        depth_logits, context = (t.unflatten(0, (batch, cameras)) for t in (depth_logits, context))
+        class_logits = self.context_classes(context)
+        depth_logits, context, class_logits = (
+            t.unflatten(0, (batch, cameras)) for t in (depth_logits, context, class_logits)
+        )
         x, y, z = self.grid.shape
         lifted = lift(context, F.softmax(depth_logits, dim=2), tables, (z, y, x))  # [B, C, Z, Y, X]
-        return self.frame_block(lifted.flatten(1, 2)), depth_logits
+        return ObservedImages(self.frame_block(lifted.flatten(1, 2)), depth_logits, class_logits)
 
     def empty_state(self, batch: int = 1) -> Tensor:
         """No memory: zeros [B, C * Z, Y, X]."""
@@ -212,7 +229,7 @@ class OccFlowNet(nn.Module):
 class DeployedModel(nn.Module):
     """The network as a vehicle runs it: one set of images and plain tensors in, labels out (DESIGN: graph boundary).
 
-    Its arguments and results, in order, are ``INPUTS`` and ``OUTPUTS``.
+    Its arguments and results, in order, are ``INPUTS`` and ``outputs`` (of which the last is the memory).
     """
 
     INPUTS = (
@@ -224,11 +241,12 @@ class DeployedModel(nn.Module):
         "occupancy_threshold",
         "state",
     )
-    OUTPUTS = ("labels", "occupancy_probability", "next_state")
 
     def __init__(self, model: OccFlowNet) -> None:
         super().__init__()
         self.model = model
+        velocity = ("velocity",) if model.config.field.velocity else ()
+        self.outputs = ("labels", "occupancy_probability", *velocity, "next_state")
 
     def forward(
         self,
@@ -239,8 +257,8 @@ class DeployedModel(nn.Module):
         previous_from_current: Tensor,
         occupancy_threshold: Tensor,
         state: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels, probability and memory.
+    ) -> tuple[Tensor, ...]:
+        """Labels, probability, velocity where the model has one, and memory.
 
         Args:
             images: uint8 [N, H, W, 3].
@@ -250,7 +268,8 @@ class DeployedModel(nn.Module):
             state: [1, C * Z, Y, X].
 
         Returns:
-            labels uint8 [X, Y, Z], probability of being occupied [X, Y, Z], next state [1, C * Z, Y, X].
+            labels uint8 [X, Y, Z], probability of being occupied [X, Y, Z], velocity [X, Y, Z, 3] in m/s,
+            next state [1, C * Z, Y, X].
         """
         tables = LiftTensors(pixel_index[None], depth_index[None], depth_weight[None])
         # TensorRT has uint8 at a graph's boundary only: cast first on the way in, last on the way out.
@@ -259,7 +278,10 @@ class DeployedModel(nn.Module):
         density, logits = output.field.lattice(grid)
         probability = occupancy_probability(density, grid.voxel_size_m)[0]  # [Z, Y, X]
         label = torch.where(probability > occupancy_threshold, logits.argmax(1)[0].int(), FREE)
-        return label.permute(2, 1, 0).to(torch.uint8), probability.permute(2, 1, 0), output.state
+        results = [label.permute(2, 1, 0).to(torch.uint8), probability.permute(2, 1, 0)]
+        if self.model.config.field.velocity:
+            results.append(output.field.velocity_lattice(grid)[0].permute(3, 2, 1, 0))
+        return *results, output.seen.volume
 
 
 def _plain(value: object) -> object:

@@ -273,6 +273,28 @@ class LearnedFlow(StaticWorld):
         return rays.time_index != 0
 
 
+def box_velocities(boxes: MovingBoxes, grid: VoxelGrid, frame_interval_s: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+    """Velocity that annotated boxes give the cells inside them: displacement to the next and previous keyframe over time.
+
+    Args:
+        boxes: with rows of time_index 1 and -1; others are not read.
+        grid: the cells.
+        frame_interval_s: time between keyframes.
+
+    Returns:
+        sample [n], cell [n] in Z * Y * X order, velocity_mps [n, 3] float64; a cell may come twice, once for each keyframe.
+    """
+    boxes = boxes[boxes.paired & (boxes.time_index.abs() == 1)]
+    centres_m = torch.from_numpy(grid.centres().transpose(2, 1, 0, 3).reshape(-1, 3)).to(boxes.size_m)  # [V, 3]
+    offset_m = centres_m[None] - boxes.ego_from_box_now[:, None, :3, 3]  # [N, V, 3]
+    local_m = offset_m @ boxes.ego_from_box_now[:, :3, :3]
+    box, cell = (local_m.abs() <= boxes.size_m[:, None] / 2).all(dim=-1).nonzero(as_tuple=True)
+    then_m = (boxes.ego_from_box_then[box, :3, :3] @ local_m[box, cell][..., None])[..., 0]
+    then_m = then_m + boxes.ego_from_box_then[box, :3, 3]
+    elapsed_s = boxes.time_index[box] * frame_interval_s
+    return boxes.batch_index[box], cell, (then_m - centres_m[cell]) / elapsed_s[:, None]
+
+
 def _padded_slots(ray: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Places for hits [h] in a padded table: rays hit [Q], and column and row [h] of each hit."""
     touched, row, count = ray.unique(return_inverse=True, return_counts=True)

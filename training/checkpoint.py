@@ -98,13 +98,13 @@ def require_same_model(checkpoint: Checkpoint, config: TrainingConfig) -> None:
     Raises:
         TrainingError: the checkpoint's network has another shape; the first differing key is named.
     """
-    ours, theirs = _flat(config.model.to_dict()), _flat(checkpoint.config.get("model", {}))
+    ours, theirs = _flat(config.model.to_dict()), _flat(checkpoint.training_config.model.to_dict())
     free_to_change = {"name", "occupancy_threshold", "backbone.pretrained"}
     for key in sorted(set(ours) | set(theirs)):
         if key not in free_to_change and ours.get(key) != theirs.get(key):
             raise TrainingError(
                 f"checkpoint {checkpoint.path} is from another configuration: its model.{key} is {theirs.get(key)}, "
-                f"here it is {ours.get(key)}; resume with the configuration it was trained with"
+                f"here it is {ours.get(key)}; use the configuration it was trained with"
             )
 
 

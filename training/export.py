@@ -98,7 +98,7 @@ def export_graph(model: OccFlowNet) -> onnx.ModelProto:
             dynamo=True,
             opset_version=OPSET,
             input_names=list(DeployedModel.INPUTS),
-            output_names=list(DeployedModel.OUTPUTS),
+            output_names=list(deployed.outputs),
             verbose=False,
         )
         path = Path(folder) / GRAPH
@@ -190,7 +190,7 @@ def export(
         lift=model.lift_spec,
         occupancy_threshold=config.occupancy_threshold,
         recurrent=(RecurrentState("state", "next_state", tuple(model.empty_state().shape)),),
-        outputs=DeployedModel.OUTPUTS[:2],
+        outputs=DeployedModel(model).outputs[:-1],
         model=config.to_dict(),
         provenance=provenance,
         metrics=metrics or {},
@@ -333,7 +333,7 @@ def _with_activation_statistics(model: OccFlowNet) -> OccFlowNet:
     with torch.no_grad():
         for images, motion in drive(model.config, PARITY_FRAMES):
             images, motion = torch.from_numpy(images)[None], torch.from_numpy(motion).float()[None]
-            state = model(images, tables, motion, state).state
+            state = model(images, tables, motion, state).seen.volume
     for norm, momentum in zip(norms, usual, strict=True):
         norm.momentum = momentum
     return model.eval()

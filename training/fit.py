@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from occflownet_core.errors import ConfigError, OccflownetError, TrainingError
+from occflownet_core.model import OccFlowNet
 from training.callbacks import (
     LAST,
     AtomicCheckpointIO,
@@ -93,13 +94,28 @@ def fit(
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     if resume:
         require_same_model(load_checkpoint(resume), config)
-    learner = OccupancyLearner(config)
+    learner = OccupancyLearner(config, initial_model(config))
     data = make_data(config, learner.model.lift_spec)
     trainer = make_trainer(config, data)
     if trainer.is_global_zero:
         _prepare_folder(config, resume)
     trainer.fit(learner, datamodule=data, ckpt_path=resume, weights_only=True)
     return trainer
+
+
+def initial_model(config: TrainingConfig) -> OccFlowNet:
+    """The network that training starts from.
+
+    Raises:
+        TrainingError: the initial weights cannot be read, or are another network's.
+    """
+    if not config.trainer.initial_weights:
+        return OccFlowNet(config.model)
+    start = load_checkpoint(config.trainer.initial_weights)
+    require_same_model(start, config)
+    model = OccFlowNet(config.model.without_download())
+    model.load_state_dict(start.weights)
+    return model
 
 
 def make_trainer(config: TrainingConfig, data: OccupancyData) -> pl.Trainer:
@@ -133,6 +149,7 @@ def make_trainer(config: TrainingConfig, data: OccupancyData) -> pl.Trainer:
             val_check_interval=settings.val_steps * settings.accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
+            limit_val_batches=0 if config.supervision.kind == "images" else 1.0,  # its field has learned nothing
             accumulate_grad_batches=settings.accumulate,
             gradient_clip_val=config.optimizer.gradient_clip,
             log_every_n_steps=settings.log_steps,

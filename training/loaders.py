@@ -20,11 +20,10 @@ from occflownet_core.preprocess import ImageTransform
 from training.data.batch import EpochSampler, OccupancyBatch, OccupancySample, collate
 from training.data.dataset import NuScenesOccupancy
 from training.data.nuscenes import KeyframeIndex
-from training.data.rays import LidarRays
+from training.data.pseudo_labels import PseudoLabelRays
+from training.data.rays import LidarRays, RaySource
 from training.data.splits import only_version
 from training.settings import TrainingConfig
-
-_WINDOW = 2
 
 
 class Roots(ConcatDataset):
@@ -74,6 +73,14 @@ class ResumableLoader(DataLoader):
         """Nothing to load."""
 
 
+def ray_source(config: TrainingConfig, root: str) -> RaySource:
+    """The labelled rays that a run asks for, of one data root."""
+    data, pseudo = config.data, config.data.pseudo
+    if data.rays == "pseudo":
+        return PseudoLabelRays(root, pseudo.depth, pseudo.label, pseudo.depth_unit_m, pseudo.stride)
+    return LidarRays(data.rays, data.no_return_rays, half_pixel_offset=config.rendering.half_pixel_offset)
+
+
 class OccupancyData(pl.LightningDataModule):
     """Training windows of two keyframes (memory and present) and validation windows alike.
 
@@ -88,19 +95,21 @@ class OccupancyData(pl.LightningDataModule):
     def __init__(self, config: TrainingConfig, lift: LiftSpec) -> None:
         super().__init__()
         self.config, self.lift = config, lift
-        data, kind = config.data, config.supervision.kind
+        data, supervision = config.data, config.supervision
         roots = [data.dataroot] if isinstance(data.dataroot, str) else data.dataroot
         if not any(roots):
             raise DatasetError("data.dataroot is not given; say --data.dataroot DIR, a data set in the nuScenes format")
         settings = {
-            "rays": LidarRays(data.rays, data.no_return_rays),
-            "horizon": data.horizon if kind != "3d" else 0,
-            "boxes": kind != "3d" and config.motion.kind == "box_flow",
-            "depth": config.losses.depth_weight > 0,
-            "occupancy": "none" if kind == "2d" else "required",
+            "horizon": data.horizon if supervision.renders else 0,
+            "boxes": supervision.renders
+            and (config.motion.kind == "box_flow" or config.losses.box_velocity_weight > 0),
+            "depth": config.losses.depth_weight > 0 or config.losses.image_semantic_weight > 0,
+            "occupancy": "required" if supervision.reads_voxels else "none",
             "augmentation": data.augmentation if data.augment else None,
         }
-        self.train = Roots([self._dataset(root, data.train_split, **settings) for root in roots])
+        self.train = Roots(
+            [self._dataset(root, data.train_split, rays=ray_source(config, root), **settings) for root in roots]
+        )
         whole = self._dataset(data.val_dataroot or roots[0], data.val_split, occupancy="required", rays=None, horizon=0)
         count = min(config.trainer.val_samples or len(whole), len(whole))
         self.validation = Subset(whole, np.linspace(0, len(whole) - 1, count).round().astype(int).tolist())
@@ -114,7 +123,7 @@ class OccupancyData(pl.LightningDataModule):
             model.image_height_px,
             self.lift,
             grid=model.grid,
-            window=_WINDOW,
+            window=1 if self.config.supervision.kind == "images" else 2,  # memory and present
             seed=self.config.trainer.seed,
             **settings,
         )

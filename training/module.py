@@ -62,7 +62,7 @@ class OccupancyLearner(pl.LightningModule):
         if len(window) > 1:
             known = now.has_previous if keep_memory is None else now.has_previous & keep_memory
             with torch.no_grad():
-                state = self.model.observe(window[-2].images, window[-2].tables)[0] * known[:, None, None, None]
+                state = self.model.observe(window[-2].images, window[-2].tables).volume * known[:, None, None, None]
         return self.model(now.images, now.tables, now.previous_from_current, state)
 
     def training_step(self, window: Sequence[OccupancyBatch], batch_idx: int) -> dict[str, Any]:
@@ -73,8 +73,10 @@ class OccupancyLearner(pl.LightningModule):
         """
         generator = self.step_generator(batch_idx)
         keep = torch.rand(len(window[-1]), generator=generator) < self.config.data.memory_probability
-        output = self(window, keep.to(self.device))
-        terms = self.objective(output, window[-1], generator)
+        if self.config.supervision.kind == "images":
+            terms = self.objective.image_terms(self.model.observe(window[-1].images, window[-1].tables), window[-1])
+        else:
+            terms = self.objective(self(window, keep.to(self.device)), window[-1], generator)
         try:
             require_finite(terms)
         except NonFiniteLossError as error:

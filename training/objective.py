@@ -8,10 +8,23 @@ import time
 import torch
 from torch import Tensor
 
+from occflownet_core.boxes import MovingBoxes
 from occflownet_core.errors import DatasetError
-from occflownet_core.losses import depth_distribution_loss, ray_losses, voxel_losses
-from occflownet_core.model import ModelOutput
-from occflownet_core.motion import BoxFlow, DynamicFilter, StaticWorld
+from occflownet_core.field import OccupancyField
+from occflownet_core.interpolate import trilinear
+from occflownet_core.labels import FREE
+from occflownet_core.losses import (
+    class_weights,
+    depth_distribution_loss,
+    flow_smoothness_loss,
+    ray_losses,
+    semantic_loss,
+    static_flow_loss,
+    velocity_loss,
+    voxel_losses,
+)
+from occflownet_core.model import ModelOutput, ObservedImages
+from occflownet_core.motion import BoxFlow, DynamicFilter, LearnedFlow, StaticWorld, box_velocities
 from occflownet_core.renderer import Rays, render
 from training.data.batch import OccupancyBatch
 from training.settings import MotionSettings, TrainingConfig
@@ -42,28 +55,42 @@ class Objective:
             batch: its labels.
             generator: of the drawn rays (on the CPU).
         """
-        kind, weight = self.config.supervision.kind, self.config.losses.depth_weight
+        supervision = self.config.supervision
         self.motion_s, self.rays = 0.0, 0
         terms: dict[str, Tensor] = {}
-        if kind != "3d":
+        if supervision.renders:
             terms |= self.ray_terms(output, batch, generator)
-        if kind != "2d":
+        if supervision.reads_voxels:
             terms |= self.voxel_terms(output, batch)
-        if weight and batch.depth_m is not None:
-            terms["depth"] = weight * self.depth_term(output.depth_logits, batch.depth_m)
-        return terms
+        return terms | self.image_terms(output.seen, batch)
 
     def ray_terms(self, output: ModelOutput, batch: OccupancyBatch, generator: torch.Generator) -> dict[str, Tensor]:
         """2D supervision: rays of several keyframes, rendered in the current field through the motion."""
         if batch.rays is None:
             raise DatasetError(f"samples {', '.join(batch.tokens)} came without rays; give the loader a source of rays")
         settings, grid = self.config.supervision, self.render_grid
-        motion = TimedMotion(make_motion(self.config.motion, batch))
+        motion = TimedMotion(make_motion(self.config.motion, batch, output.field))
         rays = draw_rays(batch.rays, settings.rays_per_step, settings.current_share, generator)
         rays = rays[motion.keeps(rays, grid)]
         rendered = render(output.field, rays, grid, motion, self.config.rendering, generator)
         self.motion_s, self.rays = motion.seconds, len(rays)
-        return ray_losses(rendered, rays, self.config.losses, self.config.rendering)
+        terms = ray_losses(rendered, rays, self.config.losses, self.config.rendering)
+        return terms | (self.velocity_terms(output.field, batch) if self.config.learns_velocity else {})
+
+    def velocity_terms(self, field: OccupancyField, batch: OccupancyBatch) -> dict[str, Tensor]:
+        """Priors on the field's velocity, and annotated boxes where they are asked for, on the working grid."""
+        losses, terms = self.config.losses, {}
+        velocity_mps = field.velocity_lattice()
+        if losses.flow_smoothness_weight:
+            terms["flow_smoothness"] = losses.flow_smoothness_weight * flow_smoothness_loss(velocity_mps)
+        if losses.static_flow_weight:
+            logits = field.lattice()[1]
+            terms["static_flow"] = losses.static_flow_weight * static_flow_loss(velocity_mps, logits)
+        if losses.box_velocity_weight:
+            sample, cell, wanted_mps = box_velocities(required_boxes(batch), field.grid)
+            error = velocity_loss(velocity_mps.flatten(2).movedim(1, -1)[sample, cell], wanted_mps)
+            terms["box_velocity"] = losses.box_velocity_weight * error
+        return terms
 
     def voxel_terms(self, output: ModelOutput, batch: OccupancyBatch) -> dict[str, Tensor]:
         """3D supervision: ground-truth voxels."""
@@ -71,20 +98,46 @@ class Objective:
         density, logits = output.field.lattice(grid)
         return voxel_losses(density, logits, batch.labels, grid.voxel_size_m, batch.camera_mask, self.config.losses)
 
-    def depth_term(self, depth_logits: Tensor, depth_m: Tensor) -> Tensor:
-        """LiDAR depth [B, N, h, w] against the distributions [B, N, D, h, w]; cells without a return do not count."""
-        return depth_distribution_loss(depth_logits.flatten(0, 1), depth_m.flatten(0, 1), self.config.model.depth.bins)
+    def image_terms(self, seen: ObservedImages, batch: OccupancyBatch) -> dict[str, Tensor]:
+        """LiDAR returns in the images, against depth distributions and classes; cells without a return do not count."""
+        losses, terms = self.config.losses, {}
+        if batch.depth_m is None:
+            return terms
+        if losses.depth_weight:
+            depth = depth_distribution_loss(
+                seen.depth_logits.flatten(0, 1), batch.depth_m.flatten(0, 1), self.config.model.depth.bins
+            )
+            terms["depth"] = losses.depth_weight * depth
+        if losses.image_semantic_weight:
+            known = batch.depth_label < FREE
+            label = batch.depth_label[known].long()
+            weight = class_weights().to(seen.class_logits)[label] if losses.class_weighted else None
+            error = semantic_loss(seen.class_logits.movedim(2, -1)[known], label, weight)
+            terms["image_semantic"] = losses.image_semantic_weight * error
+        return terms
 
 
-def make_motion(settings: MotionSettings, batch: OccupancyBatch) -> StaticWorld:
-    """The motion that the settings ask for, over a batch's boxes."""
+def make_motion(settings: MotionSettings, batch: OccupancyBatch, field: OccupancyField) -> StaticWorld:
+    """The motion that the settings ask for, over a batch's boxes or the field's own velocity."""
     if settings.kind == "static":
         return StaticWorld()
     if settings.kind == "filter":
         return DynamicFilter()
+    if settings.kind == "learned":
+        velocity_mps = field.velocity_lattice()  # decoded once, then interpolated
+        return LearnedFlow(lambda points_m, batch_index: trilinear(velocity_mps, field.grid, points_m, batch_index))
+    return BoxFlow(required_boxes(batch), settings.box_scale, settings.require_class)
+
+
+def required_boxes(batch: OccupancyBatch) -> MovingBoxes:
+    """The batch's boxes.
+
+    Raises:
+        DatasetError: it has none.
+    """
     if batch.boxes is None:
-        raise DatasetError(f"samples {', '.join(batch.tokens)} came without boxes, which motion.kind 'box_flow' needs")
-    return BoxFlow(batch.boxes, settings.box_scale, settings.require_class)
+        raise DatasetError(f"samples {', '.join(batch.tokens)} came without boxes, which occupancy flow needs")
+    return batch.boxes
 
 
 def draw_rays(rays: Rays, count: int, current_share: float | None, generator: torch.Generator) -> Rays:
@@ -117,6 +170,9 @@ class TimedMotion(StaticWorld):
 
     def content(self, points_m, time_index, batch_index, field):
         return self._timed(self.motion.content, points_m, time_index, batch_index, field)
+
+    def concerns(self, rays):
+        return self._timed(self.motion.concerns, rays)
 
     def pieces(self, rays):
         return self._timed(self.motion.pieces, rays)

@@ -16,14 +16,21 @@ import occflownet_core
 from training.settings import TrainingConfig
 
 _SUPERVISION = {
-    "2d": "2D labels only: LiDAR rays ({rays}), {motion}",
+    "2d": "2D labels only: {rays}, {motion}",
     "3d": "3D voxel labels only",
-    "2d3d": "2D labels (LiDAR rays, {rays}, {motion}) and 3D voxel labels",
+    "images": "2D labels of single images only: depth and class from {rays}",
+    "2d3d": "2D labels ({rays}, {motion}) and 3D voxel labels",
+}
+_RAYS = {
+    "lidarseg": "LiDAR rays (lidarseg)",
+    "panoptic": "LiDAR rays (panoptic)",
+    "pseudo": "pseudo-label images (depth and class)",
 }
 _MOTION = {
     "static": "the world taken as standing still",
     "filter": "dynamic ray filter",
     "box_flow": "occupancy flow of annotated boxes",
+    "learned": "learned occupancy flow",
 }
 
 
@@ -41,10 +48,11 @@ def describe(config: TrainingConfig, steps: int, wall_time_s: float, scores: dic
     if config.data.horizon == 0:
         motion = "current keyframe only"
     roots = [config.data.dataroot] if isinstance(config.data.dataroot, str) else config.data.dataroot
-    mask = {"3d": 1, "2d3d": 1}.get(kind, 0) and config.losses.voxel_camera_mask
+    mask = config.supervision.reads_voxels and config.losses.voxel_camera_mask
     return {
-        "supervision": _SUPERVISION[kind].format(rays=config.data.rays, motion=motion),
-        "trained_with_camera_mask": bool(mask),
+        "supervision": _SUPERVISION[kind].format(rays=_RAYS[config.data.rays], motion=motion),
+        "initial_weights": Path(trainer.initial_weights).parent.name or "none",
+        "trained_with_camera_mask": mask,
         "dataset": ", ".join(Path(root).name for root in roots),
         "split": config.data.train_split,
         "steps": steps,

@@ -23,6 +23,22 @@ CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
+class PseudoLabelSettings:
+    """Where depth and class images of any network lie; see ``PseudoLabelRays`` for what they hold.
+
+    Attributes:
+        depth, label: path templates inside the data root, with ``{scene}``, ``{token}``, ``{channel}``, ``{stem}``.
+        depth_unit_m: depth of one step of a PNG.
+        stride: take every n-th row and column.
+    """
+
+    depth: str = "pseudo/{channel}/{stem}_depth.png"
+    label: str = "pseudo/{channel}/{stem}_label.png"
+    depth_unit_m: float = 1 / 256
+    stride: int = 4
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """Which samples are learned from, and what is read of each.
 
@@ -31,9 +47,11 @@ class DataSettings:
         version: its folder of tables; empty takes the only one there is.
         train_split, val_split: splits to learn from and to validate on.
         val_dataroot: another data set to validate on; empty is the (first) one above.
-        rays: source of the labelled rays.
+        rays: source of the labelled rays: LiDAR with ``lidarseg`` or ``panoptic`` labels, or ``pseudo`` label images.
+        pseudo: where those images are.
         horizon: rays come from this many keyframes before and after the current one (temporal rendering).
-        no_return_rays: whether directions without an echo are rays too: free to the grid's edge.
+        no_return_rays: whether directions without an echo are rays too: free to the grid's edge. (Sky in pseudo-label
+            images always is.)
         memory_probability: how often a training sample comes with its previous keyframe as memory.
         augment: whether to augment training samples at all.
         augmentation: how strongly.
@@ -45,7 +63,8 @@ class DataSettings:
     train_split: str = "train"
     val_split: str = "val"
     val_dataroot: str = ""
-    rays: Literal["lidarseg", "panoptic"] = "lidarseg"
+    rays: Literal["lidarseg", "panoptic", "pseudo"] = "lidarseg"
+    pseudo: PseudoLabelSettings = field(default_factory=PseudoLabelSettings)
     horizon: int = 3
     no_return_rays: bool = False
     memory_probability: float = 0.9
@@ -60,12 +79,13 @@ class MotionSettings:
 
     Attributes:
         kind: ``static`` takes the world as standing still; ``filter`` leaves out what is of a dynamic class;
-            ``box_flow`` moves what is inside an annotated box with it.
+            ``box_flow`` moves what is inside an annotated box with it; ``learned`` moves everything with the velocity
+            that the field predicts (``model.field.velocity``), which learns from nothing but neighbour keyframes.
         box_scale: boxes are this much larger than annotated.
         require_class: move only content predicted as the box's own class.
     """
 
-    kind: Literal["static", "filter", "box_flow"] = "box_flow"
+    kind: Literal["static", "filter", "box_flow", "learned"] = "box_flow"
     box_scale: float = 1.15
     require_class: bool = False
 
@@ -75,17 +95,28 @@ class SupervisionSettings:
     """What the labels are.
 
     Attributes:
-        kind: ``2d`` renders rays; ``3d`` compares with ground-truth voxels; ``2d3d`` does both.
+        kind: ``2d`` renders rays; ``3d`` compares with ground-truth voxels; ``2d3d`` does both; ``images`` teaches the
+            image encoder alone, depth and class per pixel: a cheap start for the others (``trainer.initial_weights``).
         rays_per_step: at most so many rays are drawn per process and batch, of all samples together.
         current_share: share of them that come from the current keyframe, as far as it has so many; null draws from all
             keyframes alike.
         render_coarsening: how many label cells make the edge of a cell that rays cross.
     """
 
-    kind: Literal["2d", "3d", "2d3d"] = "2d"
+    kind: Literal["2d", "3d", "2d3d", "images"] = "2d"
     rays_per_step: int = 32768
     current_share: float | None = None
     render_coarsening: int = 1
+
+    @property
+    def renders(self) -> bool:
+        """Whether rays of several keyframes are labels."""
+        return self.kind in ("2d", "2d3d")
+
+    @property
+    def reads_voxels(self) -> bool:
+        """Whether ground-truth voxels are labels."""
+        return self.kind in ("3d", "2d3d")
 
 
 @dataclass(frozen=True)
@@ -117,6 +148,7 @@ class TrainerSettings:
 
     Attributes:
         out: folder of checkpoints and logs.
+        initial_weights: checkpoint of another run of the same network whose weights this one starts from; empty for none.
         max_epochs: passes over the training samples.
         max_steps: optimiser steps; set, it takes the place of ``max_epochs``.
         max_minutes: stop after so much time, whatever comes first. The cosine runs over this time where it is set.
@@ -133,6 +165,7 @@ class TrainerSettings:
     """
 
     out: str = "out/training"
+    initial_weights: str = ""
     max_epochs: int = 12
     max_steps: int | None = None
     max_minutes: float | None = None
@@ -195,6 +228,13 @@ class TrainingConfig:
         ):
             if not low <= value <= high:
                 raise ConfigError(f"{name} is {value}; give a value from {low} to {high}")
+        if self.learns_velocity and not self.model.field.velocity:
+            raise ConfigError("learned flow needs a field that predicts it; set model.field.velocity: true")
+
+    @property
+    def learns_velocity(self) -> bool:
+        """Whether the field's velocity has anything to learn from."""
+        return self.supervision.renders and (self.motion.kind == "learned" or self.losses.box_velocity_weight > 0)
 
     def to_dict(self) -> dict:
         """Plain values for YAML; ``from_dict`` reads them back."""

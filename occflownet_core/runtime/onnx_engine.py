@@ -68,8 +68,8 @@ class OnnxEngine(Engine):
         names = [*(state.output for state in self.bundle.recurrent), *self.bundle.outputs]
         results = dict(zip(names, self._binding.get_outputs(), strict=True))
         # Copied, because .numpy() of a buffer on the CPU may be a view that dies with the OrtValue.
-        labels, probability = results["labels"].numpy().copy(), results.get("occupancy_probability")
-        return Prediction(labels, None if probability is None else probability.numpy().copy())
+        arrays = {name: results[name].numpy().copy() for name in self.bundle.outputs}
+        return Prediction(arrays["labels"], arrays.get("occupancy_probability"), arrays.get("velocity"))
 
     def _bind_input(self, name: str, array: np.ndarray) -> None:
         # Held here, because an OrtValue on the CPU borrows the array's memory and the binding holds neither.

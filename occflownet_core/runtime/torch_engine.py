@@ -56,11 +56,11 @@ class TorchEngine(Engine):
 
     @torch.inference_mode()
     def _forward(self, images: np.ndarray, previous_from_current: np.ndarray) -> Prediction:
-        labels, probability, self._state = self._deployed(
+        *results, self._state = self._deployed(
             torch.from_numpy(images).to(self._device),
             *self._table_tensors,
             torch.from_numpy(previous_from_current).to(self._device),
             torch.tensor(self.occupancy_threshold, device=self._device),
             self._state,
         )
-        return Prediction(labels.cpu().numpy(), probability.cpu().numpy())
+        return Prediction(*(result.cpu().numpy() for result in results))

@@ -71,8 +71,9 @@ def test_shapes_and_types(model):
     )
     assert output.field.features.shape == (2, 7, 2, 12, 16)
     assert output.field.grid == VoxelGrid((-6.4, -4.8, -0.8), (6.4, 4.8, 0.8), 0.8)
-    assert output.depth_logits.shape == (2, 2, 8, 4, 8)
-    assert output.state.shape == model.empty_state(2).shape == (2, 5 * 2, 12, 16)
+    assert output.seen.depth_logits.shape == (2, 2, 8, 4, 8)
+    assert output.seen.class_logits.shape == (2, 2, 17, 4, 8)
+    assert output.seen.volume.shape == model.empty_state(2).shape == (2, 5 * 2, 12, 16)
     density, logits = output.field.lattice(model.config.grid)
     assert density.shape == (2, 4, 24, 32)
     assert logits.shape == (2, 17, 4, 24, 32)
@@ -90,8 +91,8 @@ def test_a_batch_is_its_samples_side_by_side(model):
             images(2, 1)[b : b + 1], LiftTensors.from_tables(two[b : b + 1]), motion[b : b + 1], state[b : b + 1]
         )
         torch.testing.assert_close(both.field.features[b], one.field.features[0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(both.depth_logits[b], one.depth_logits[0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(both.state[b], one.state[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(both.seen.depth_logits[b], one.seen.depth_logits[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(both.seen.volume[b], one.seen.volume[0], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -100,8 +101,8 @@ def test_memory_is_the_last_frame_alone(model):
     calibration = LiftTensors.from_tables([tables(model)])
     fresh = model(images(1, 2), calibration, torch.eye(4)[None], model.empty_state())
     remembering = model(images(1, 2), calibration, torch.eye(4)[None], torch.rand(1, 10, 12, 16))
-    torch.testing.assert_close(fresh.state, remembering.state)
-    torch.testing.assert_close(fresh.state, model.observe(images(1, 2), calibration)[0])
+    torch.testing.assert_close(fresh.seen.volume, remembering.seen.volume)
+    torch.testing.assert_close(fresh.seen.volume, model.observe(images(1, 2), calibration).volume)
     assert (fresh.field.features - remembering.field.features).abs().max() > 0.01
 
 
@@ -123,7 +124,8 @@ def test_every_weight_gets_a_gradient(model):
     calibration = LiftTensors.from_tables([tables(model)] * 2)
     output = model(images(2, 3), calibration, torch.eye(4).repeat(2, 1, 1), torch.rand(2, 10, 12, 16))
     density, logits = output.field.lattice()
-    (density.square().mean() + logits.square().mean() + output.depth_logits.square().mean()).backward()
+    results = (density, logits, output.seen.depth_logits, output.seen.class_logits)
+    sum(result.square().mean() for result in results).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     model.eval()
     assert without == []
@@ -138,7 +140,7 @@ def test_it_learns_a_scene_by_heart():
     wanted[1, 0, :, :6] = 1
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
-    for _ in range(60):
+    for _ in range(100):
         field = model(images(2, 4), calibration, torch.eye(4).repeat(2, 1, 1), model.empty_state(2)).field
         probability = 1 - torch.exp(-0.8 * field.lattice()[0])
         loss = torch.nn.functional.binary_cross_entropy(probability, wanted)

@@ -237,6 +237,14 @@ def test_draws_stay_in_their_ranges():
     assert (still.images[0].roll_rad, still.images[0].mirrored, still.flip) == (0, False, GridFlip())
 
 
+@pytest.mark.parametrize("source_px", [(1600, 900), (480, 270)])
+def test_a_change_of_scale_means_the_same_for_every_image_size(source_px):
+    """+ 25 % of 352 px across are 440 px, whatever the image on disk has."""
+    transform = ImageDraw(scale_change=0.25).warp(*source_px, 352, 128).transform
+    assert (transform.resized_width_px, transform.resized_height_px) == (440, 248)
+    assert (transform.left_px, transform.top_px) == (44, 120)  # in the middle, at the bottom
+
+
 def test_bad_strengths():
     with pytest.raises(DatasetError, match="scale"):
         Augmentation(scale=(0.1, -0.1))

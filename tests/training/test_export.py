@@ -112,6 +112,26 @@ def test_memory_motion_and_missing_cameras_change_what_the_graph_sees(tiny, bund
         assert np.abs(remembering - other).max() > 0.05
 
 
+def test_velocity_is_an_output_where_the_field_has_it(small_config, tmp_path):
+    config = ModelConfig.from_yaml(small_config)
+    torch.manual_seed(0)
+    model = OccFlowNet(dataclasses.replace(config, field=dataclasses.replace(config.field, velocity=True))).eval()
+    torch.nn.init.normal_(model.decoder.velocity_head[-1].weight)
+    bundle = export(model, tmp_path / "bundle", {"training": "none"}, with_weights=True)[0]
+    assert bundle.outputs == ("labels", "occupancy_probability", "velocity")
+    images, _ = next(drive(config, 1))
+    seen = []
+    for backend in ("onnxruntime", "torch"):
+        engine = create_engine(bundle, backend, threads=1)
+        engine.calibrate(ring_rig(config))
+        seen.append(engine.infer(images, None).velocity_mps)
+    assert seen[0].shape == (*config.grid.shape, 3) and np.abs(seen[0]).max() > 0.1
+    np.testing.assert_allclose(*seen, atol=1e-3)
+    engine = create_engine(export(OccFlowNet(config).eval(), tmp_path / "still", {})[0], "onnxruntime", threads=1)
+    engine.calibrate(ring_rig(config))
+    assert engine.infer(images, None).velocity_mps is None
+
+
 def test_missing_cameras_are_not_looked_at(tiny, bundle):
     engine = create_engine(bundle, "onnxruntime", threads=1)
     engine.calibrate(ring_rig(tiny.config))
@@ -217,9 +237,10 @@ def test_a_2d_grid_sample_is_native():
 def test_a_model_that_scatters_is_not_exported(small_config):
     class Scattering(OccFlowNet):
         def observe(self, images, tables):
-            volume, depth_logits = super().observe(images, tables)
+            seen = super().observe(images, tables)
             rows = tables.pixel_index[0, :, 0].long() % 12
-            return volume.index_put((torch.tensor(0), torch.tensor(0), rows), volume.new_zeros(16)), depth_logits
+            where = torch.tensor(0), torch.tensor(0), rows
+            return seen._replace(volume=seen.volume.index_put(where, seen.volume.new_zeros(16)))
 
     torch.manual_seed(0)
     with pytest.raises(ExportError, match="uses Scatter"):

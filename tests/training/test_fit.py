@@ -2,11 +2,14 @@
 """Whole runs: resuming, interrupts, full disks, wrong configurations, and the command line on a MiniCity."""
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,9 +23,9 @@ from training import fit as fit_module
 from training.callbacks import BEST, LAST
 from training.checkpoint import load_checkpoint
 from training.data.batch import EpochSampler
-from training.fit import fit, main
+from training.fit import fit, initial_model, main
 from training.loaders import EndlessBatches, OccupancyData
-from training.settings import TrainingConfig, with_bases
+from training.settings import TrainingConfig, parse, with_bases
 
 CONFIGS = Path(fit_module.__file__).parent / "configs"
 
@@ -126,6 +129,29 @@ def test_without_averaging_too(tmp_path):
     config = small_config(tmp_path, optimizer={"ema_decay": 0.0}, trainer={"max_steps": 2})
     fit(config, None, WallData)
     assert not load_checkpoint(tmp_path / LAST).provenance["averaged_weights"]
+
+
+def test_single_images_are_a_start_for_the_rest(tmp_path):
+    """Depth and class of two walls are learned without a field; the next run goes on from there."""
+    terms = {"image_semantic_weight": 1.0, "depth_weight": 1.0, "class_weighted": False}
+    images = {"losses": terms, "supervision": {"kind": "images"}}
+    start = small_config(tmp_path / "images", trainer={"max_steps": 100, "log_steps": 100}, **images)
+    trainer = fit(start, None, WallData)
+    at_the_end = trainer.callback_metrics
+    # Knowing nothing costs log 17 and log 8.
+    assert at_the_end["train/image_semantic"] < 0.8 * math.log(17)
+    assert at_the_end["train/depth"] < 0.8 * math.log(8)
+    begun = load_checkpoint(tmp_path / "images" / LAST)
+    assert "single images" in begun.provenance["supervision"]
+    weights = str(tmp_path / "images" / LAST)
+    following = small_config(tmp_path / "next", trainer={"max_steps": 2, "initial_weights": weights})
+    given = initial_model(following).state_dict()
+    assert all(torch.equal(given[name], value) for name, value in begun.weights.items())
+    fit(following, None, WallData)
+    assert load_checkpoint(tmp_path / "next" / LAST).provenance["initial_weights"] == "images"
+    wider = dataclasses.replace(following, model=dataclasses.replace(following.model, lift_slots=1))
+    with pytest.raises(TrainingError, match=r"model\.lift_slots is 2, here it is 1"):
+        initial_model(wider)
 
 
 def test_an_earlier_run_is_not_written_over(tmp_path):
@@ -285,6 +311,29 @@ def test_several_roots_are_one_stream(tiny_root, tmp_path):
     assert len(both) == 8  # 5 keyframes in the training scene: 4 windows of two, twice
     first, second = both[(3, 5)][-1], both[(7, 5)][-1]
     assert first.token == second.token == "tiny-0001-4"
+
+
+def test_labels_may_come_from_images_that_any_network_wrote(own_tiny_root, tmp_path, capsys):
+    """Every camera sees terrain 10 m away, everywhere: nothing else can be among the rays, of any keyframe."""
+    images = sorted((own_tiny_root.path / "samples").glob("CAM_*/*.jpg"))
+    for image in images:
+        folder = own_tiny_root.path / "pseudo" / image.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / f"{image.stem}_depth.png"), np.full((9, 16), 2560, np.uint16))
+        cv2.imwrite(str(folder / f"{image.stem}_label.png"), np.full((9, 16), 14, np.uint8))
+    (tmp_path / "small.yaml").write_text(SMALL)
+    options = ["--config", str(CONFIGS / "nuscenes_tiny.yaml"), "--config", str(tmp_path / "small.yaml")]
+    options += ["--data.dataroot", str(own_tiny_root.path), "--data.rays", "pseudo", "--data.pseudo.stride", "1"]
+    config, _ = parse(options)
+    sample = OccupancyData(config, OccFlowNet(config.model).lift_spec).train[0, 0][-1]
+    assert sample.rays.label.unique().tolist() == [14] and len(sample.rays.time_index.unique()) > 1
+    assert (sample.depth_label < 18).any() and set(sample.depth_label[sample.depth_m > 0]) == {14}
+    assert main([*options, "--trainer.out", str(tmp_path / "out")]) == 0
+    assert "pseudo-label images" in load_checkpoint(tmp_path / "out" / LAST).provenance["supervision"]
+    (own_tiny_root.path / "pseudo" / "CAM_FRONT").rename(tmp_path / "gone")
+    capsys.readouterr()
+    assert main([*options, "--trainer.out", str(tmp_path / "again")]) == 2
+    assert "pseudo-depth image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

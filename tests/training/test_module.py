@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 from windows import FAR_M, FAR_WALL, NEAR_M, WALL, Walls, small_config  # noqa: E402
 
-from occflownet_core.errors import DatasetError, TrainingError  # noqa: E402
-from occflownet_core.motion import BoxFlow, DynamicFilter, StaticWorld  # noqa: E402
+from occflownet_core.boxes import MovingBoxes  # noqa: E402
+from occflownet_core.errors import ConfigError, DatasetError, TrainingError  # noqa: E402
+from occflownet_core.motion import BoxFlow, DynamicFilter, LearnedFlow, StaticWorld  # noqa: E402
 from occflownet_core.renderer import Rays, render  # noqa: E402
 from training.data.batch import collate  # noqa: E402
 from training.module import OccupancyLearner, learning_rate_factor  # noqa: E402
@@ -60,6 +62,42 @@ def test_learns_how_far_the_walls_are_and_what_they_are(tmp_path, kind):
         seen = render(learner(window).field, ray, learner.config.model.grid)
         assert seen.range_m.item() == pytest.approx(distance_m, abs=0.8)
         assert seen.logits.argmax().item() == label
+
+
+VELOCITY = {
+    "model": {"field": {"channels": 8, "hidden": 16, "layers": 1, "velocity": True}},
+    "motion": {"kind": "learned"},
+    "losses": {"flow_smoothness_weight": 0.1, "static_flow_weight": 0.1, "box_velocity_weight": 0.1},
+}
+
+
+def test_velocity_learns_from_neighbour_frames_and_boxes(tmp_path):
+    """The near wall's left half is in a box that does 2 m/s to the left: its cells learn that, the far wall rests."""
+    learner, window = learner_and_window(tmp_path, **VELOCITY)
+    now, then = np.eye(4), np.eye(4)
+    now[:3, 3], then[:3, 3] = (NEAR_M, 2, 0), (NEAR_M, 3, 0)
+    box = MovingBoxes.from_numpy(now[None], then[None], np.array([[2.0, 2.0, 2.0]]), np.array([4]), np.array([1]))
+    rays = window[-1].rays
+    batch = dataclasses.replace(window[-1], boxes=box, rays=dataclasses.replace(rays, time_index=rays.time_index + 1))
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2)
+    first = None
+    for step in range(40):
+        output = learner([window[0], batch])
+        losses = learner.objective(output, batch, learner.step_generator(step))
+        first = first or {name: loss.item() for name, loss in losses.items()}
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    assert {"flow_smoothness", "static_flow", "box_velocity", "range"} <= set(losses)
+    # At rest the error is that of 2 m/s.
+    assert first["box_velocity"] == pytest.approx(0.1 * ((4 + 0.01) ** 0.5 - 0.1), rel=1e-4)
+    assert losses["box_velocity"] < 0.5 * first["box_velocity"] and losses["range"] < first["range"]
+    assert all(p.grad.abs().sum() > 0 for p in learner.model.decoder.velocity_head.parameters())
+
+
+def test_learned_flow_without_velocity_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"set model\.field\.velocity: true"):
+        small_config(tmp_path, motion={"kind": "learned"})
 
 
 def test_memory_is_dropped_where_it_should_be(tmp_path):
@@ -108,9 +146,10 @@ def test_missing_rays_and_boxes_are_named(tmp_path):
 
 
 def test_motion_by_name(tmp_path):
-    _, window = learner_and_window(tmp_path)
-    kinds = {"static": StaticWorld, "filter": DynamicFilter, "box_flow": BoxFlow}
-    assert {k: type(make_motion(MotionSettings(kind=k), window[-1])) for k in kinds} == kinds
+    learner, window = learner_and_window(tmp_path, model=VELOCITY["model"])
+    field = learner(window).field
+    kinds = {"static": StaticWorld, "filter": DynamicFilter, "box_flow": BoxFlow, "learned": LearnedFlow}
+    assert {k: type(make_motion(MotionSettings(kind=k), window[-1], field)) for k in kinds} == kinds
 
 
 def test_timed_motion_answers_as_the_motion_does():

@@ -19,7 +19,7 @@ from training.data.augment import Augmentation
 from training.data.batch import EpochSampler, collate
 from training.data.dataset import NuScenesOccupancy, depth_images, moving_boxes
 from training.data.nuscenes import CAMERAS, KeyframeIndex, label_of_category, load_occupancy, load_points
-from training.data.rays import LidarRays
+from training.data.rays import UNLABELLED, LidarRays
 
 VERSION = "v1.0-tiny"
 WIDTH_PX, HEIGHT_PX = 160, 80
@@ -136,17 +136,19 @@ def test_depth_images_hold_the_nearest_return(index):
     warps = [
         image.warp(320, 180, WIDTH_PX, HEIGHT_PX) for image in Augmentation().draw(np.random.default_rng(5), 6).images
     ]
-    images = depth_images(rays, warps, rig, SPEC)
-    expected = np.zeros_like(images)
-    for camera, pixel, depth_m in zip(rays.camera_index, rays.pixel, rays.depth_m, strict=True):
+    images, labels = depth_images(rays, warps, rig, SPEC)
+    expected, expected_label = np.zeros_like(images), np.full_like(labels, UNLABELLED)
+    for camera, pixel, depth_m, label in zip(rays.camera_index, rays.pixel, rays.depth_m, rays.label, strict=True):
         u, v = warps[camera].pixels(pixel)
         column, row = int(np.floor(u / 16)), int(np.floor(v / 16))
         if 0 <= column < 10 and 0 <= row < 5:
             old = expected[camera, row, column]
-            expected[camera, row, column] = depth_m if old == 0 else min(old, depth_m)
+            if old == 0 or depth_m < old:
+                expected[camera, row, column], expected_label[camera, row, column] = depth_m, label
     assert np.array_equal(images, expected) and (images > 0).sum() > 60
+    assert np.array_equal(labels, expected_label) and len(np.unique(labels)) > 4
     # A network that thinks in a reference focal length is told depth as that camera would see it.
-    scaled = depth_images(rays, warps, rig, dataclasses.replace(SPEC, reference_focal_px=100.0))
+    scaled, _ = depth_images(rays, warps, rig, dataclasses.replace(SPEC, reference_focal_px=100.0))
     focal_px = np.array([w.camera(c).intrinsic[0, 0] for w, c in zip(warps, rig, strict=True)])[:, None, None]
     assert scaled == pytest.approx(images * (100 / focal_px), rel=1e-5)
 

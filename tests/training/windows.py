@@ -93,6 +93,7 @@ class Walls(Dataset):
             rays=None if first else wall_rays(rng, far),
             boxes=None if first else MovingBoxes.empty(),
             depth_m=None if first else np.full((2, 4, 8), FAR_M if far else NEAR_M, np.float32),
+            depth_label=None if first else np.full((2, 4, 8), FAR_WALL if far else WALL, np.uint8),
             occupancy=None if first else wall_voxels(far),
             frame_time_s=np.zeros(1, np.float32),
         )

@@ -148,10 +148,11 @@ class GridFlip:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How strongly to augment; the defaults are BEVDet's for 704 x 256 images, as OccFlowNet takes them over.
+    """How strongly to augment; the defaults are BEVDet's, as OccFlowNet takes them over.
 
     Attributes:
-        scale: least and greatest change of the resize factor (which is 0.44 from 1600 to 704 px).
+        scale: least and greatest change of the resize factor, as a share of it (published: -0.06 to 0.11 of a factor
+            of 0.44, from 1600 to 704 px).
         roll_deg: greatest turn of an image, either way.
         mirror: mirror every image with probability 1/2.
         flip_x, flip_y: mirror the world along that axis with probability 1/2.
@@ -160,7 +161,7 @@ class Augmentation:
         DatasetError: the range of scales is empty, or the roll is not in 0..45 degrees.
     """
 
-    scale: tuple[float, float] = (-0.06, 0.11)
+    scale: tuple[float, float] = (-0.136, 0.25)
     roll_deg: float = 5.4
     mirror: bool = True
     flip_x: bool = True
@@ -192,7 +193,7 @@ class ImageDraw:
     """One camera's share of a draw.
 
     Attributes:
-        scale_change: added to the resize factor.
+        scale_change: of the resize factor, as a share of it.
         left: where the window lies across the resized image, 0 (left) to 1 (right).
         roll_rad, mirrored: as in ``ImageWarp``.
     """
@@ -206,7 +207,7 @@ class ImageDraw:
         """The warp for an image of the given size. The window stays at the bottom, where the road is."""
         fit = ImageTransform.fit(source_width_px, source_height_px, width_px, height_px)
         if self.scale_change or self.left != 0.5:
-            factor = max(fit.resized_width_px / source_width_px + self.scale_change, 0.01)
+            factor = fit.resized_width_px / source_width_px * max(1 + self.scale_change, 0.01)
             resized_width_px, resized_height_px = round(source_width_px * factor), round(source_height_px * factor)
             fit = replace(
                 fit,

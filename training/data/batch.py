@@ -46,6 +46,7 @@ class OccupancySample:
         boxes: how annotated objects move between this keyframe and its neighbours, or None.
         depth_m: float32 [N, h, w], depth of the nearest return in each feature cell as the depth bins count it
             (``LiftSpec.network_depth_m``), 0 where there is none; or None.
+        depth_label: uint8 [N, h, w], class of that return, ``UNLABELLED`` where nobody knows it; or None.
         occupancy: 3D labels, or None.
         frame_time_s: float32 [2 * horizon + 1], stamps of keyframes -horizon..horizon relative to this one's; NaN
             where the scene has none.
@@ -60,6 +61,7 @@ class OccupancySample:
     rays: Rays | None
     boxes: MovingBoxes | None
     depth_m: np.ndarray | None
+    depth_label: np.ndarray | None
     occupancy: Occupancy | None
     frame_time_s: np.ndarray
 
@@ -75,7 +77,7 @@ class OccupancyBatch:
         previous_from_current: [B, 4, 4] float32; the identity where there is no previous frame.
         has_previous: [B] bool; where False the network's memory must be cleared.
         rays, boxes: of all samples, told apart by their ``batch_index``; None where a sample has none.
-        depth_m: [B, N, h, w] float32 or None.
+        depth_m, depth_label: [B, N, h, w] float32 and uint8, or None.
         labels: uint8 [B, X, Y, Z] or None, with camera_mask and lidar_mask, bool.
         frame_time_s: [B, 2 * horizon + 1] float32.
     """
@@ -89,6 +91,7 @@ class OccupancyBatch:
     rays: Rays | None
     boxes: MovingBoxes | None
     depth_m: Tensor | None
+    depth_label: Tensor | None
     labels: Tensor | None
     camera_mask: Tensor | None
     lidar_mask: Tensor | None
@@ -138,6 +141,7 @@ def _stack(samples: Sequence[OccupancySample]) -> OccupancyBatch:
         rays=_joined([s.rays for s in samples], Rays),
         boxes=_joined([s.boxes for s in samples], MovingBoxes),
         depth_m=stacked([s.depth_m for s in samples]),
+        depth_label=stacked([s.depth_label for s in samples]),
         labels=stacked([o.labels for o in occupancy]) if labelled else None,
         camera_mask=stacked([o.camera_mask for o in occupancy]) if labelled else None,
         lidar_mask=stacked([o.lidar_mask for o in occupancy]) if labelled else None,

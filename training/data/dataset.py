@@ -20,7 +20,7 @@ from occflownet_core.lift_tables import LiftSpec, LiftTables
 from training.data.augment import Augmentation, AugmentationDraw, GridFlip, ImageWarp, warped_tables
 from training.data.batch import Occupancy, OccupancySample
 from training.data.nuscenes import Keyframe, KeyframeIndex, load_occupancy, read_bytes
-from training.data.rays import FrameRays, RayLimits, RaySource, temporal_rays
+from training.data.rays import UNLABELLED, FrameRays, RayLimits, RaySource, temporal_rays
 
 _TABLES_KEPT = 4
 _FAR_BOX_M = 80.0
@@ -127,6 +127,9 @@ class NuScenesOccupancy(Dataset):
         if motion is not None:
             motion = flip.motion(poses.inverse(motion.global_from_ego) @ keyframe.global_from_ego, self.grid)
         frames = self._frames(i) if supervised and self.source else None
+        depth_m, depth_label = (
+            depth_images(frames[0][1], warps, rig, self.lift) if self.depth and frames else (None, None)
+        )
         return OccupancySample(
             token=keyframe.token,
             scene=keyframe.scene,
@@ -138,7 +141,8 @@ class NuScenesOccupancy(Dataset):
             boxes=flip.boxes(moving_boxes(self.index, i, self.horizon), self.grid)
             if self.boxes and supervised
             else None,
-            depth_m=depth_images(frames[0][1], warps, rig, self.lift) if self.depth and frames else None,
+            depth_m=depth_m,
+            depth_label=depth_label,
             occupancy=self._occupancy(keyframe, flip) if supervised else None,
             frame_time_s=self._frame_times(i),
         )
@@ -232,8 +236,10 @@ def _boxes_by_instance(
     return {int(boxes.instance[b]): (ego_from_box[b], boxes.size_m[b], int(boxes.label[b])) for b in kept}
 
 
-def depth_images(rays: FrameRays, warps: list[ImageWarp], rig: CameraRig, lift: LiftSpec) -> np.ndarray:
-    """Depth of the nearest return in each feature cell, as the depth bins count it; 0 where there is none.
+def depth_images(
+    rays: FrameRays, warps: list[ImageWarp], rig: CameraRig, lift: LiftSpec
+) -> tuple[np.ndarray, np.ndarray]:
+    """Depth of the nearest return in each feature cell, as the depth bins count it, and that return's class.
 
     Args:
         rays: of the keyframe that the images belong to.
@@ -242,14 +248,19 @@ def depth_images(rays: FrameRays, warps: list[ImageWarp], rig: CameraRig, lift: 
         lift: feature size and depth bins.
 
     Returns:
-        float32 [N, h, w].
+        Depth float32 [N, h, w], 0 where there is no return; class uint8 [N, h, w], ``UNLABELLED`` where nobody knows it.
     """
     height, width = lift.feature_height, lift.feature_width
-    images = np.full((len(warps), height * width), np.inf, dtype=np.float32)
+    depth_images_m = np.zeros((len(warps), height * width), dtype=np.float32)
+    labels = np.full((len(warps), height * width), UNLABELLED, dtype=np.uint8)
     for c, (warp, camera) in enumerate(zip(warps, rig, strict=True)):
         mine = (rays.camera_index == c) & np.isfinite(rays.depth_m)
         cell = np.floor(warp.pixels(rays.pixel[mine]) * (width / warp.transform.width_px)).astype(np.int64)
         inside = ((cell >= 0) & (cell < (width, height))).all(axis=1)
         depth_m = lift.network_depth_m(rays.depth_m[mine][inside], warp.camera(camera).intrinsic[0, 0])
-        np.minimum.at(images[c], cell[inside] @ (1, width), depth_m.astype(np.float32))
-    return np.where(np.isfinite(images), images, 0).reshape(len(warps), height, width)
+        far_first = np.argsort(-depth_m, kind="stable")  # the nearest return of a cell is written last, and stays
+        at = (cell[inside] @ (1, width))[far_first]
+        depth_images_m[c, at] = depth_m[far_first]
+        labels[c, at] = rays.label[mine][inside][far_first]
+    shape = (len(warps), height, width)
+    return depth_images_m.reshape(shape), labels.reshape(shape)
