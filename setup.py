@@ -95,6 +95,7 @@ setup(
         "console_scripts": [
             "occflownet_node = occflownet_ros.node:main",
             "nuscenes_to_bag = occflownet_ros.nuscenes_to_bag:main",
+            "bag_to_nuscenes = occflownet_ros.bag_to_nuscenes:main",
             "bag_player = occflownet_ros.bag_player:main",
             "demo = occflownet_ros.demo:main",
         ]

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 
-from occflownet_core.errors import BagError, GeometryError
+from occflownet_core.errors import BagError, CalibrationError, GeometryError
 from occflownet_core.poses import RecordedPose
 from occflownet_core.rig_file import load_rig
 from occflownet_ros.bag import Bag, BagMessage
@@ -60,6 +60,12 @@ def recorded_pose(translation: object, rotation: object) -> RecordedPose:
     return RecordedPose((translation.x, translation.y, translation.z), (rotation.w, rotation.x, rotation.y, rotation.z))
 
 
+def require_usable(model: CameraModel, topics: CameraTopics) -> None:
+    """Raises CalibrationError if the camera's images need to be rectified and the model's distortion is not known."""
+    if model.changes_images and not topics.are_rectified:
+        _ = model.maps
+
+
 class Survey:
     """A bag seen through a mapping.
 
@@ -81,6 +87,7 @@ class Survey:
     def __init__(self, bag: Bag, topic_map: TopicMap | None = None, wants_lidar: bool = True) -> None:
         self.bag, self.wants_lidar = bag, wants_lidar
         self.refused: Counter[str] = Counter()
+        self._unusable: dict[str, str] = {}
         gap_ms = topic_map.max_pose_gap_ms if topic_map else TopicMap.max_pose_gap_ms
         self.tree = self._transforms(round(gap_ms * 1e6))
         self.topic_map = topic_map or guess_topic_map(bag.topics.values(), self.tree.frames)
@@ -101,10 +108,15 @@ class Survey:
         models = {}
         for channel, topics in self.topic_map.cameras.items():
             message = self.first(topics.camera_info, CAMERA_INFO)
-            if message is not None:
-                models[channel] = CameraModel.from_message(message)
-            elif not topics.camera_info and channel in self.rig_mounts:
-                models[channel] = self._model_of_file(channel)
+            try:
+                if message is not None:
+                    model = CameraModel.from_message(message)
+                    require_usable(model, topics)
+                    models[channel] = model
+                elif not topics.camera_info and channel in self.rig_mounts:
+                    models[channel] = self._model_of_file(channel)
+            except CalibrationError as error:
+                self._unusable[channel] = f"{channel}: {error}"
         return models
 
     @cached_property
@@ -158,7 +170,9 @@ class Survey:
             missing = list(self._topic_problems(topics.image, channel, (COMPRESSED_IMAGE, IMAGE)))
             missing += self._intrinsics_problems(channel, topics)
             yield from missing
-            if not missing and self.camera_path(channel) is None:
+            if not missing and channel not in self.models:
+                yield self._unusable[channel]
+            elif not missing and self.camera_path(channel) is None:
                 yield self._no_transform(channel, self.models[channel].frame_id, "or name a calibration_file in --map")
 
     def _intrinsics_problems(self, channel: str, topics: CameraTopics) -> Iterator[str]:

@@ -180,22 +180,20 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def summary_table(summary: DriveSummary) -> Table:
-    """Scenes with keyframes and length, and files by sensor."""
+    """Scenes with keyframes and length; by sensor, files, how many are as recorded, and points that are no return."""
     table = Table(title=summary.name, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("scene or sensor", no_wrap=True)
-    for heading in ("keyframes", "seconds", "MB", "as recorded"):
+    for heading in ("keyframes", "seconds", "MB", "unchanged", "no return"):
         table.add_column(heading, justify="right")
     for name, keyframes in summary.scenes.items():
         seconds = (keyframes[-1].stamp_ns - keyframes[0].stamp_ns) / 1e9
-        table.add_row(name, str(len(keyframes)), f"{seconds:.1f}", "", "")
+        table.add_row(name, str(len(keyframes)), f"{seconds:.1f}")
     table.add_section()
     for channel, files in sorted(summary.files.items()):
         megabytes = sum(file.size for file in files) / 1e6
         dropped = sum(file.dropped_points for file in files)
-        unchanged = f"{sum(file.unchanged for file in files)} of {len(files)}"
-        if dropped:
-            unchanged += f", {dropped} points without return left out"
-        table.add_row(channel, str(len(files)), "", f"{megabytes:.1f}", unchanged)
+        unchanged = str(sum(file.unchanged for file in files))
+        table.add_row(channel, str(len(files)), "", f"{megabytes:.2f}", unchanged, str(dropped) if dropped else "")
     return table
 
 

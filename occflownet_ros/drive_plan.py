@@ -199,17 +199,18 @@ def _range_s(stamps_ns: Sequence[int]) -> str:
 
 
 def choose_stamps(stamps_ns: Sequence[int], interval_ns: int) -> list[int]:
-    """Some of the ascending stamps, one per interval on average and never two within half of one.
+    """Some of the ascending stamps: one near every moment that is due, and never two within half an interval.
 
     Moments are due at even intervals from the first stamp on; the first stamp not earlier than half its own period
-    before a moment that is due is taken.
+    before one is taken.
     """
     if not stamps_ns:
         return []
     slack_ns = min(np.median(np.diff(stamps_ns)), interval_ns) / 2 if len(stamps_ns) > 1 else 0
     chosen, due_ns = [], stamps_ns[0]
     for stamp_ns in stamps_ns:
-        if stamp_ns >= due_ns - slack_ns:
+        if stamp_ns >= due_ns - slack_ns and (not chosen or stamp_ns - chosen[-1] >= interval_ns / 2):
             chosen.append(stamp_ns)
-            due_ns = max(due_ns + interval_ns, stamp_ns + interval_ns / 2 + slack_ns)
+            late = round((stamp_ns - due_ns) / interval_ns)  # more than none after a gap
+            due_ns += interval_ns * (max(late, 0) + 1)
     return chosen

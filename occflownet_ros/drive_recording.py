@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from occflownet_core.errors import BagError
 from occflownet_ros.bag import BagMessage
-from occflownet_ros.bag_survey import LIDAR, Survey, decode, nanoseconds
+from occflownet_ros.bag_survey import LIDAR, Survey, decode, nanoseconds, require_usable
 from occflownet_ros.camera_model import CameraModel
 from occflownet_ros.cdr import header_stamp_ns
+from occflownet_ros.topic_map import CameraTopics
 
 Progress = Callable[[int, int], None]
 """Called with messages done and in total."""
@@ -48,8 +49,14 @@ class CameraHistory:
 
     changes: list[tuple[int, CameraModel]] = field(default_factory=list)
 
-    def add(self, stamp_ns: int, model: CameraModel) -> None:
+    def add(self, stamp_ns: int, model: CameraModel, topics: CameraTopics) -> None:
+        """Take over a camera_info.
+
+        Raises:
+            CalibrationError: it is new, and the camera's images cannot be rectified by it.
+        """
         if not self.changes or model != self.changes[-1][1]:
+            require_usable(model, topics)
             self.changes.append((stamp_ns, model))
 
     def at(self, stamp_ns: int) -> CameraModel:
@@ -110,7 +117,8 @@ def _readers(survey: Survey, recording: Recording) -> dict[str, list[Callable[[B
     for sensor in recording.sensors.values():
         read(sensor.topic, lambda message, stamps=sensor.stamps_ns: stamps.append(stamp_of(message)))
     for channel, topics in survey.topic_map.cameras.items():
-        read(topics.camera_info, lambda message, history=recording.models[channel]: _add_model(history, message))
+        history = recording.models[channel]
+        read(topics.camera_info, lambda message, h=history, t=topics: _add_model(h, message, t))
     marks = survey.topic_map.keyframes
     if marks:
         read(marks, lambda message: recording.keyframes.append(_mark(message)))
@@ -132,9 +140,9 @@ def stamp_of(message: BagMessage) -> int:
         ) from None
 
 
-def _add_model(history: CameraHistory, message: BagMessage) -> None:
+def _add_model(history: CameraHistory, message: BagMessage, topics: CameraTopics) -> None:
     info = decode(message)
-    history.add(nanoseconds(info.header.stamp), CameraModel.from_message(info))
+    history.add(nanoseconds(info.header.stamp), CameraModel.from_message(info), topics)
 
 
 def _mark(message: BagMessage) -> tuple[int, str]:

@@ -17,7 +17,6 @@ from occflownet_ros.camera_model import rectified_jpeg
 from occflownet_ros.drive_plan import Measurement, Plan, PlannedKeyframe
 from occflownet_ros.drive_recording import Progress, stamp_of
 from occflownet_ros.point_cloud import deskewed, sweep_of_cloud
-from occflownet_ros.topic_guess import is_rectified
 
 _MAP_FILE = "maps/blank.png"
 _NAMESPACE = "bag_to_nuscenes"
@@ -176,8 +175,7 @@ class MeasurementFiles:
 
     def _image(self, measurement: Measurement, message: object) -> tuple[bytes, Written]:
         topics = self.topic_map.cameras[measurement.channel]
-        rectified = is_rectified(topics.image) if topics.rectified is None else topics.rectified
-        data, unchanged = rectified_jpeg(message, measurement.model, rectified, self.jpeg_quality)
+        data, unchanged = rectified_jpeg(message, measurement.model, topics.are_rectified, self.jpeg_quality)
         return data, Written(len(data), unchanged)
 
     def _points(self, measurement: Measurement, message: object) -> tuple[bytes, Written]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from occflownet_ros.bag import BagTopic
-from occflownet_ros.topic_map import CameraTopics, EgoMotion, LidarTopic, TopicMap
+from occflownet_ros.topic_map import CameraTopics, EgoMotion, LidarTopic, TopicMap, is_rectified
 
 COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
 IMAGE = "sensor_msgs/msg/Image"
@@ -86,11 +86,6 @@ def _cameras(by_type: Mapping[str, list[BagTopic]]) -> dict[str, CameraTopics]:
         info = _camera_info(image.name, namespace, infos)
         cameras[channels[namespace]] = CameraTopics(image.name, info)
     return cameras
-
-
-def is_rectified(image_topic: str) -> bool:
-    """Whether the topic's name says that its images are rectified (image_proc's ``image_rect``, ``image_rect_color``)."""
-    return bool(re.search(r"(^|[/_])rect", image_topic.rsplit("/image", 1)[-1]))
 
 
 def _camera_info(image: str, namespace: str, infos: set[str]) -> str:

@@ -13,6 +13,7 @@ Every key is an attribute of ``TopicMap`` or of what it holds.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -41,6 +42,11 @@ class CameraTopics:
     camera_info: str = ""
     rectified: bool | None = None
     offset_ms: float = 0.0
+
+    @property
+    def are_rectified(self) -> bool:
+        """Whether the images are rectified, by word or by the topic's name."""
+        return is_rectified(self.image) if self.rectified is None else self.rectified
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,11 @@ class TopicMap:
     def with_label_field(self, name: str) -> TopicMap:
         """The same, with the classes of the LiDAR's points in the given field."""
         return dataclasses.replace(self, lidar=dataclasses.replace(self.lidar, label_field=name))
+
+
+def is_rectified(image_topic: str) -> bool:
+    """Whether the topic's name says that its images are rectified (image_proc's ``image_rect``, ``image_rect_color``)."""
+    return bool(re.search(r"(^|[/_])rect", image_topic.rsplit("/image", 1)[-1]))
 
 
 def load_topic_map(path: Path) -> TopicMap:

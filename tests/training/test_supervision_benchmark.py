@@ -19,9 +19,9 @@ from benchmarks.field_fitting import (
     load_window,
     swept_by_moving_boxes,
 )
-from benchmarks.paired_tables import Spread, difference_table, mean_table, paired_difference
+from benchmarks.paired_tables import Spread, difference_table, mean_table, paired_difference, with_section
 from occflownet_core.boxes import MovingBoxes
-from occflownet_core.errors import DatasetError
+from occflownet_core.errors import ConfigError, DatasetError
 from occflownet_core.labels import FREE, label_of
 from occflownet_core.renderer import Rays
 from training.data.nuscenes import KeyframeIndex
@@ -156,6 +156,15 @@ def test_paired_differences_leave_out_what_units_differ_in():
     differences = difference_table("T", rows, {"ref": None, "row": "ref"}, names, measures)
     assert differences.rows == (("Row", "Reference", "+11.7 ± 1.5"),)
     assert "| Row | Reference | +11.7 ± 1.5 |" in differences.markdown()
+
+
+def test_tables_replace_their_section_of_a_page_and_nothing_else():
+    page = "top\n<!-- a begins -->\nold\n<!-- a ends -->\nmiddle\n<!-- b begins -->\n<!-- b ends -->\n"
+    changed = with_section(page, "a", "new")
+    assert changed == page.replace("\nold\n", "\n\nnew\n")
+    assert with_section(changed, "a", "new") == changed
+    with pytest.raises(ConfigError, match="no section 'c'"):
+        with_section(page, "c", "new")
 
 
 def test_what_was_measured_with_other_settings_is_measured_again(tmp_path):
