@@ -50,6 +50,10 @@ class LatencyWindow:
         for stage, value in latency_ms.items():
             self._ms.setdefault(stage, deque(maxlen=_LATENCY_WINDOW)).append(value)
 
+    def median_ms(self, stage: str) -> float:
+        """The median of a stage, 0 before its first set."""
+        return float(np.median(self._ms[stage])) if stage in self._ms else 0.0
+
     def summary(self) -> dict[str, str]:
         """``{"latency engine p50 / p95 [ms]": "81.2 / 90.4", ...}``."""
         return {

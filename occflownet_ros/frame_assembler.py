@@ -146,6 +146,12 @@ class FrameAssembler(Generic[T]):
         """When ``take`` may next have something without a new image, on the injected clock; None if nothing waits."""
         return self._anchors[0].deadline_s if self._anchors else None
 
+    @property
+    def anchor_period_s(self) -> float | None:
+        """The anchor camera's period, as far as it is known."""
+        intervals_ns = self._intervals_ns[self._anchor_camera]
+        return min(intervals_ns) / 1e9 if intervals_ns else None
+
     def waiting(self, camera: int) -> int:
         """Images of a camera that are neither counted in an outcome nor in the ready set."""
         return len(self._waiting[camera])

@@ -28,6 +28,7 @@ from occflownet_ros.publishers import Outputs
 
 _STOP_TIMEOUT_S = 10.0
 _SHORTEST_WAIT_S = 1e-3
+_PERIODS_AHEAD = 2
 
 
 @dataclass
@@ -35,7 +36,7 @@ class _Arrival:
     """An image message on its way through a set.
 
     Attributes:
-        message: as received; let go of once decoding began.
+        message: as received.
         arrived_s: monotonic clock.
         decoded: result of decoding for ``camera``'s size, once begun.
     """
@@ -113,6 +114,7 @@ class Pipeline:
         self._last_image_s: list[float | None] = [None] * len(self._cameras)
         self._sets: Counter[str] = Counter()
         self._is_stopping = False
+        self._busy_until_s = 0.0
         # One condition guards all of the above; it is never held while decoding, inferring or publishing.
         self._changed = threading.Condition()
         self._decoders = ThreadPoolExecutor(settings.decode_threads or os.cpu_count() or 1, "decode")
@@ -122,11 +124,11 @@ class Pipeline:
     # Fed by the callbacks
 
     def add_image(self, camera: int, stamp_ns: int, message: object) -> None:
-        """An image arrived: begin to decode it, and see whether it completes a set."""
+        """An image arrived: begin to decode it if it may be used, and see whether it completes a set."""
         arrival = _Arrival(message, time.monotonic())
         with self._changed:
             self._last_image_s[camera] = arrival.arrived_s
-            if self._rig is not None:
+            if self._rig is not None and self._may_be_used(arrival.arrived_s):
                 self._begin_decoding(camera, arrival, self._rig[camera])
             self._assembler.add(camera, stamp_ns, arrival)
             self._changed.notify()
@@ -233,6 +235,7 @@ class Pipeline:
             return
         previous_from_current = self._motion_to(image_set.stamp_ns)
         started_s = time.monotonic()
+        self._busy_until_s = started_s + self.latency.median_ms("engine") / 1e3
         prediction = self._engine.infer(images, previous_from_current, missing)
         inferred_s = time.monotonic()
         arrivals_s = [arrival.arrived_s for arrival in image_set.images if arrival is not None]
@@ -289,6 +292,16 @@ class Pipeline:
             return self._ego_motion.step(stamp_ns, self._poses.at(stamp_ns))
 
     # Decoding threads
+
+    def _may_be_used(self, arrived_s: float) -> bool:
+        """Whether the set of an image that arrived now may be the one that the engine takes next.
+
+        While the engine works, every new set replaces the one before. Its cameras' images arrive within a period, and a
+        set that began two periods before the engine is free will have a successor by then: its images would be decoded
+        for nothing, and take the cores from the engine. If the guess was wrong they are decoded when the set is taken.
+        """
+        period_s = self._assembler.anchor_period_s
+        return period_s is None or self._busy_until_s - arrived_s < _PERIODS_AHEAD * period_s
 
     def _begin_decoding(self, camera: int, arrival: _Arrival, calibrated: Camera) -> None:
         """Decode for this calibration, unless that is under way."""

@@ -28,6 +28,7 @@ from occflownet_core.errors import ExportError, OccflownetError
 from occflownet_core.lift_tables import build_lift_tables
 from occflownet_core.model import DeployedModel, ModelConfig, OccFlowNet
 from occflownet_core.runtime.bundle import GRAPH, WEIGHTS, Bundle, RecurrentState, load_bundle, write_bundle
+from occflownet_core.runtime.engine import Prediction
 from occflownet_core.runtime.onnx_engine import OnnxEngine
 from training.checkpoint import load_checkpoint
 
@@ -46,7 +47,7 @@ class Parity:
 
     Attributes:
         label_agreement: share of voxels with the same label, the worst frame's.
-        probability_error: largest difference of occupancy probability.
+        probability_error: largest difference of occupancy probability, and of velocity (m/s) where there is one.
     """
 
     label_agreement: float
@@ -148,14 +149,17 @@ def check_parity(model: OccFlowNet, bundle: Bundle, frames: int = PARITY_FRAMES)
         ours = engine.infer(images, previous_from_current)
         motion = torch.from_numpy(previous_from_current).float()
         with torch.no_grad():
-            labels, probability, state = deployed(torch.from_numpy(images), *tables, motion, threshold, state)
-        agreement.append(float((labels.numpy() == ours.labels).mean()))
-        error.append(float(np.abs(probability.numpy() - ours.probability).max()))
+            *results, state = deployed(torch.from_numpy(images), *tables, motion, threshold, state)
+        theirs = Prediction(*(result.numpy() for result in results))
+        agreement.append(float((theirs.labels == ours.labels).mean()))
+        error.append(float(np.abs(theirs.probability - ours.probability).max()))
+        if theirs.velocity_mps is not None:
+            error.append(float(np.abs(theirs.velocity_mps - ours.velocity_mps).max()))
     parity = Parity(min(agreement), max(error))
     if not (parity.label_agreement >= LABEL_AGREEMENT and parity.probability_error <= PROBABILITY_TOLERANCE):
         raise ExportError(
             f"the exported graph is not the network: {parity.label_agreement:.4%} of labels agree, probabilities "
-            f"differ by up to {parity.probability_error:.2g}; nothing was written"
+            f"or velocities differ by up to {parity.probability_error:.2g}; nothing was written"
         )
     return parity
 

@@ -19,6 +19,7 @@ from occflownet_core.labels import FREE
 from occflownet_core.lift_tables import DepthBins, LiftSpec
 from occflownet_core.runtime.bundle import Bundle
 from occflownet_core.runtime.engine import Engine, Prediction
+from occflownet_ros import conversions
 from occflownet_ros.calibration_source import anchor_index
 from occflownet_ros.parameters import Settings
 from occflownet_ros.pipeline import Pipeline
@@ -286,6 +287,35 @@ def test_newest_set_wins_while_the_engine_is_busy_and_stopping_waits_for_the_set
     it.pipeline.stop()
     assert [f.stamp_ns for f in it.outputs.frames] == [100 * MS, 400 * MS]
     assert it.pipeline.report().sets["superseded"] == 2
+
+
+def test_images_of_sets_that_a_busy_engine_will_skip_are_not_decoded(make, monkeypatch):
+    """Sets every 50 ms, an engine that takes 400 ms: of eight sets that come meanwhile, the last few may be used."""
+    decoded = []
+    plain = conversions.network_image
+    monkeypatch.setattr(conversions, "network_image", lambda m, t: (decoded.append(int(m.format)), plain(m, t))[1])
+    it = make(max_camera_time_diff_ms=20.0)
+    it.pipeline.set_rig(rig())
+    it.engine.seconds = 0.4
+
+    def sweep(number: int) -> None:
+        pair = message(10), message(20)
+        for image in pair:
+            image.format = str(number)
+        it.sweep(100 + 50 * number, *pair)
+
+    sweep(0)
+    it.until(lambda: it.outputs.frames)  # now it is known how long the engine takes
+    sweep(1)
+    it.until(lambda: len(it.engine.calls) == 2)
+    for number in range(2, 10):
+        sweep(number)
+        time.sleep(0.05)
+    it.until(lambda: len(it.outputs.frames) == 3)
+    counts = it.pipeline.report()
+    assert counts.sets["superseded"] == 7 and counts.sets["processed"] == 3
+    assert set(decoded) >= {0, 1, 9} and not {2, 3, 4} & set(decoded)
+    assert [frame.stamp_ns // MS for frame in it.outputs.frames] == [100, 150, 550]
 
 
 def test_anchor_by_name():
