@@ -76,7 +76,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["occflownet_core*", "occflownet_ros*", "training*"]),
-    package_data={"training": ["configs/*.yaml"]},
+    package_data={"training": ["configs/*.yaml"], "occflownet_ros.report": ["assets/*"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (SHARE, ["package.xml"]),
@@ -98,6 +98,7 @@ setup(
             "bag_to_nuscenes = occflownet_ros.bag_to_nuscenes:main",
             "bag_player = occflownet_ros.bag_player:main",
             "demo = occflownet_ros.demo:main",
+            "replay_evaluation = occflownet_ros.replay_evaluation:main",
         ]
     },
     zip_safe=True,

@@ -51,7 +51,8 @@ def replay_lockstep(
         on_answer: called after each keyframe.
 
     Raises:
-        ReplayError: the node did not reach its active state, does not listen, or ended; with its own words.
+        ReplayError: the node did not reach its active state, does not listen, ended, or gave no labels even for the
+            first keyframe; with its own words.
     """
     log_directory.mkdir(parents=True, exist_ok=True)
     replay = Replay()
@@ -68,6 +69,10 @@ def replay_lockstep(
                 for keyframe, own in keyframe_messages(messages, keyframes, inputs):
                     feeder.send(own)
                     _await_answer(keyframe, own, inputs, feeder, node, replay, answer_timeout_s)
+                    if not replay.frames:
+                        raise ReplayError(
+                            f"the node gave no labels for the first keyframe: {replay.trouble()}; see {node.log}"
+                        )
                     on_answer()
                 replay.play_seconds = time.monotonic() - started_s
                 time.sleep(DIAGNOSTICS_PERIOD_S + 0.3)  # one more round of diagnostics counts the last set

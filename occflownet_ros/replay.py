@@ -44,7 +44,7 @@ _NODE_INPUTS = (
     "nav_msgs/msg/Odometry",
 )
 
-_TRANSITION_TIMEOUT_S = 30.0
+_TRANSITION_TIMEOUT_S = 120.0  # a machine that trains meanwhile is slow to load a model
 _STOP_TIMEOUT_S = 5.0
 _PROGRESS_S = 0.2
 
@@ -93,6 +93,13 @@ class Replay:
         return {
             stamp_ns: {stage: ms[k] for stage, ms in self.latency_ms.items()} for k, stamp_ns in enumerate(self.frames)
         }
+
+    def trouble(self) -> str:
+        """What the node's diagnostics give as the reason when nothing comes out."""
+        calibration = self.diagnostics.get("calibration", {}).get("message", "complete")
+        if calibration != "complete":
+            return calibration
+        return self.diagnostics.get("engine", {}).get("message", "it sent no diagnostics")
 
     def set_counts(self) -> dict[str, int]:
         """The node's own counters of image sets: ``{"opened": 20, "processed": 20, ...}``."""

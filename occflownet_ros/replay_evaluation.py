@@ -125,9 +125,8 @@ def evaluate(arguments: argparse.Namespace) -> content.ReplayReport:
         plan = make_plan(arguments)
     replay = _replay(plan, arguments.out, arguments.answer_timeout)
     labels = [_labels_of(replay, stamp_ns) for _, _, stamp_ns in _moments(plan, replay)]
-    if not replay.frames:
-        engine = replay.diagnostics.get("engine", {}).get("message", "it sent no diagnostics")
-        raise OccflownetError(f"the node published no voxels ({engine}); see {arguments.out / 'node.log'}")
+    if not replay.frames and not replay.set_counts().get("opened"):
+        raise OccflownetError(f"the node published no voxels: {replay.trouble()}; see {arguments.out / 'node.log'}")
     report, shown = _report(plan, replay, labels, started_s, arguments.max_frames)
     (arguments.out / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     with console.status("writing the page"):
@@ -192,7 +191,7 @@ def _progress(what: str, count: int) -> Iterator[Callable[[float], None]]:
     with Progress(
         *columns, TimeRemainingColumn(), console=errors, transient=True, disable=not errors.is_terminal
     ) as bar:
-        task = bar.add_task(what, total=count)
+        task = bar.add_task(what, total=max(count, 1))
         yield lambda done: bar.update(task, completed=int(done))
 
 

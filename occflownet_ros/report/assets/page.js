@@ -24,7 +24,7 @@
   const VIEWS = [
     { name: "Behind", key: "b", set: (viewer) => viewer.viewFromBehind() },
     { name: "Above", key: "a", set: (viewer) => viewer.viewFromAbove() },
-    { name: "Driver", key: "d", set: (viewer) => viewer.viewFromDriver() },
+    { name: "Close", key: "c", set: (viewer) => viewer.viewFromClose() },
   ];
   const PANE_NAMES = { prediction: "Prediction", truth: "Ground truth", difference: "Difference, within the camera mask" };
   const CHART_COLORS = ["#1f77d0", "#e0862c", "#2f9e6e", "#9a6bd0"];
@@ -32,6 +32,7 @@
   const state = {
     frame: 0,
     layer: LAYERS[0],
+    camera: report.mode.anchor_camera,
     classVisible: classes.map(() => true),
     differenceVisible: differences.map(() => true),
     timer: null,
@@ -53,6 +54,7 @@
   }
   const percent = (value) => (value == null ? "–" : (100 * value).toFixed(1));
   const swatch = (rgb) => element("span", { className: "swatch", style: `background: rgb(${rgb.join(",")})` });
+  const cameraName = (camera) => camera.replace(/^CAM_/, "").replace(/_/g, " ").toLowerCase();
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   function table(headings, rows, className = "") {
@@ -240,12 +242,7 @@
     $("time-text").textContent = `${times[state.frame].toFixed(2)} s · ${state.frame + 1} of ${frames.length}`;
     const isMissing = !record.published && state.layer.panes.includes("prediction");
     $("missed-note").textContent = isMissing ? `Missed: ${record.reason}. Counts as free everywhere.` : "";
-    for (const camera of content.cameras) {
-      const source = frame.images[camera];
-      const image = document.querySelector(`#cameras [data-camera="${camera}"] img`);
-      image.style.visibility = source ? "visible" : "hidden";
-      if (source) image.src = source;
-    }
+    showImages(frame);
     const facts = [
       [report.keyframes ? "keyframe" : "stamp", record.token || `${record.stamp_ns}`],
       ...(record.scores ? [["mIoU, this keyframe", `${percent(record.scores.miou_17)} %`], ["occupied or free", `${percent(record.scores.geometric_iou)} %`]] : []),
@@ -257,6 +254,21 @@
     charts.forEach((chart) => chart.redraw(false));
   }
 
+  function showImages(frame) {
+    const fill = (image, source) => {
+      image.style.visibility = source ? "visible" : "hidden";
+      if (source) image.src = source;
+    };
+    for (const button of $("cameras").querySelectorAll("button")) {
+      const { camera } = button.dataset;
+      button.setAttribute("aria-pressed", String(camera === state.camera));
+      fill(button.querySelector("img"), frame.images[camera]);
+    }
+    const large = $("cameras").querySelector(".large");
+    fill(large.querySelector("img"), frame.images[state.camera]);
+    large.querySelector("figcaption").textContent = cameraName(state.camera);
+  }
+
   function setFrame(frame) {
     state.frame = Math.min(frames.length - 1, Math.max(0, frame));
     show();
@@ -266,6 +278,11 @@
     state.layer = layer;
     [...$("layers").children].forEach((button, k) => button.setAttribute("aria-pressed", String(LAYERS[k] === layer)));
     show();
+  }
+
+  function setCamera(camera) {
+    state.camera = camera;
+    showImages(frames[state.frame]);
   }
 
   function play() {
@@ -308,9 +325,10 @@
       $("layers").append(element("button", { title: `${layer.name} (${k + 1})`, "aria-pressed": String(k === 0), "data-layer": layer.key, onclick: () => setLayer(layer) }, layer.name)),
     );
     VIEWS.forEach((view) => $("views").append(element("button", { title: `${view.name} (${view.key.toUpperCase()})`, "data-view": view.key, onclick: () => viewer && view.set(viewer) }, view.name)));
+    const picture = (camera, className = "") => element("figure", { className }, element("img", { alt: `Image of ${camera}` }), element("figcaption", {}, cameraName(camera)));
+    $("cameras").append(picture(state.camera, "large"));
     for (const camera of content.cameras) {
-      const name = camera.replace(/^CAM_/, "").replace(/_/g, " ").toLowerCase();
-      $("cameras").append(element("figure", { "data-camera": camera }, element("img", { alt: `Image of ${camera}` }), element("figcaption", {}, name)));
+      $("cameras").append(element("button", { "data-camera": camera, title: `Show ${camera} large`, onclick: () => setCamera(camera) }, picture(camera)));
     }
     $("time").max = frames.length - 1;
     $("time").addEventListener("input", () => setFrame(Number($("time").value)));

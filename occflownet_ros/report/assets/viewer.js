@@ -95,8 +95,8 @@ class VoxelViewer {
     this._look([centre[0] - 0.001 * height, centre[1], height], centre);
   }
 
-  viewFromDriver() {
-    this._look([-1.5, 0, 3.2], [14, 0, 0.8]);
+  viewFromClose() {
+    this._look([-8.5, 0, 4.6], [12, 0, 0.2]);
   }
 
   /**

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ros2 launch`` of a replay evaluation: it runs, says where the page is, and ends; a wrong bag ends it with the reason.
+
+Needs a ROS installation (launch_ros) with the package built.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from ros_processes import ROOT, ros_environment
+
+pytest.importorskip("launch_ros", reason="launch_ros comes with a ROS installation and is not installed here")
+pytestmark = pytest.mark.integration
+
+LAUNCH = """
+import sys
+from launch import LaunchDescription, LaunchService
+from launch.actions import IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+service = LaunchService()
+source = PythonLaunchDescriptionSource(sys.argv[1])
+arguments = [tuple(argument.split(":=", 1)) for argument in sys.argv[2:]]
+service.include_launch_description(LaunchDescription([IncludeLaunchDescription(source, launch_arguments=arguments)]))
+sys.exit(service.run())
+"""
+
+
+@pytest.fixture(autouse=True)
+def _is_built():
+    from ament_index_python.packages import PackageNotFoundError, get_package_prefix
+
+    try:
+        get_package_prefix("occflownet_ros")
+    except PackageNotFoundError:
+        pytest.skip("the package is not built with colcon here, so launch cannot find its executables")
+
+
+def launch(**arguments) -> str:
+    """Run the launch file to its end; what was printed."""
+    command = [sys.executable, "-c", LAUNCH, str(ROOT / "launch" / "replay.launch.py")]
+    command += [f"{name}:={value}" for name, value in arguments.items()]
+    environment = ros_environment()
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return run.stdout + run.stderr
+
+
+def test_evaluates_the_demo_drive_and_ends(tmp_path):
+    # Faster than the machine can follow: what is tested here is the launch, not the model.
+    said = launch(out=tmp_path / "out", mode="realtime", rate="20", domain_id="98")
+    assert f"see {tmp_path / 'out' / 'report.html'}" in said
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["mode"]["name"], report["mode"]["rate"]) == ("realtime", 20.0)
+    assert report["keyframes"]["in_bag"] == 12
+
+
+def test_a_missing_bag_ends_the_launch_with_the_reason(tmp_path):
+    said = launch(bag="/nonexistent", out=tmp_path / "out")
+    assert "there is no bag at /nonexistent" in said
+    assert "replay_evaluation failed" in said
