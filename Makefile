@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.installed
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench ablation lint clean
 
 help:
 	@echo "make demo    replay the demo bag through the node over DDS; table, out/demo/report.json, out/demo/voxels.png"
 	@echo "make test    install everything and run the whole test suite"
 	@echo "make bench   print the benchmark tables and write out/bench/*.json"
+	@echo "make ablation  measure what each idea of the training buys (hours; goes on where it stopped); docs/ablation.md"
 	@echo "make lint    ruff check and format check"
 	@echo "make clean   remove .venv and out"
 
@@ -49,6 +50,25 @@ bench: $(STAMPS)-test
 	$(BIN)/python -m benchmarks.pipeline --out out/bench
 	$(BIN)/python -m benchmarks.data --out out/bench
 	$(BIN)/python -m benchmarks.rendering --out out/bench
+
+ABLATION := out/ablation
+MINICITY = $(BIN)/python -m training.data.minicity --image-size 480x270 --force
+
+# Scenes of ten keyframes, so that a keyframe has four neighbours on both sides.
+$(ABLATION)/train/.complete: | $(STAMPS)-test
+	$(MINICITY) --out $(ABLATION)/train --scenes 12 --keyframes 10 --seed 501
+	@touch $@
+
+$(ABLATION)/held_out/.complete: | $(STAMPS)-test
+	$(MINICITY) --out $(ABLATION)/held_out --scenes 4 --keyframes 6 --seed 9701
+	@touch $@
+
+ablation: $(ABLATION)/train/.complete $(ABLATION)/held_out/.complete
+	$(BIN)/python -m benchmarks.supervision --dataroot $(ABLATION)/train --out $(ABLATION) --pictures --page docs/ablation.md
+	$(BIN)/python -m benchmarks.supervision --dataroot $(ABLATION)/train --out $(ABLATION) --page docs/ablation.md \
+	  --rows single static filter flow --keyframes 3 --steps 64
+	$(BIN)/python -m benchmarks.network_training --dataroot $(ABLATION)/train --val-dataroot $(ABLATION)/held_out \
+	  --out $(ABLATION) --page docs/ablation.md
 
 lint: $(STAMPS)-test
 	$(BIN)/ruff check .

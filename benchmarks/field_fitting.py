@@ -27,8 +27,8 @@ from occflownet_core.motion import BoxFlow, DynamicFilter, StaticWorld
 from occflownet_core.renderer import Rays, RenderConfig, render
 from occflownet_core.voxel_field import VoxelField
 from training.data.dataset import moving_boxes
-from training.data.nuscenes import Keyframe, KeyframeIndex, load_occupancy
-from training.data.rays import FrameRays, LidarRays, RayLimits, temporal_rays
+from training.data.nuscenes import KeyframeIndex, load_occupancy
+from training.data.rays import LidarRays, RayLimits, temporal_rays
 from training.objective import draw_rays
 from training.settings import MotionSettings
 
@@ -81,15 +81,15 @@ class FitSettings:
         seed: of the drawn rays.
     """
 
-    steps: int = 40
-    rays_per_step: int = 12288
+    steps: int = 32
+    rays_per_step: int = 8192
     current_share: float = 0.3
-    density_rate: float = 0.5
-    logit_rate: float = 0.5
+    density_rate: float = 0.6
+    logit_rate: float = 0.6
     initial_density_per_m: float = 0.02
-    forgetting: float = 0.05
-    least_gradient: float = 1e-6
-    reach_m: float = 20.0
+    forgetting: float = 0.1
+    least_gradient: float = 1e-5
+    reach_m: float = 16.0
     seed: int = 0
 
     @property
@@ -104,14 +104,19 @@ class Window:
     """What is known around one keyframe, in its ego frame.
 
     Attributes:
-        tokens: the keyframe's token.
-        rays: of the row's keyframes.
+        rays: of all its keyframes.
         boxes: how annotated objects move in them.
     """
 
-    tokens: tuple[str]
     rays: Rays
     boxes: MovingBoxes
+
+    def seen_by(self, row: Row) -> Window:
+        """What of it a row may use."""
+        kept = self.rays.time_index.abs() <= row.horizon
+        if not row.no_return_rays:
+            kept &= self.rays.returned
+        return Window(self.rays[kept], self.boxes[self.boxes.time_index.abs() <= row.horizon])
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,20 +184,17 @@ def _moving_points(index: KeyframeIndex, i: int, grid: VoxelGrid) -> int:
     return len(point[now].unique())
 
 
-def load_window(index: KeyframeIndex, i: int, row: Row, grid: VoxelGrid) -> Window:
-    """Rays and boxes that a row may use around keyframe ``i``.
+def load_window(index: KeyframeIndex, i: int, grid: VoxelGrid, half_pixel_offset: bool = False) -> Window:
+    """All rays and boxes within ``MAX_HORIZON`` of keyframe ``i``.
 
     Raises:
         DatasetError: a file is missing or damaged.
     """
-    source = LidarRays(no_return=row.no_return_rays, half_pixel_offset=row.render.half_pixel_offset)
-    frames: dict[int, tuple[Keyframe, FrameRays]] = {}
-    for offset in range(-row.horizon, row.horizon + 1):
-        j = index.neighbour(i, offset)
-        if j is not None:
-            frames[offset] = index[j], source.frame_rays(index[j])
-    boxes = moving_boxes(index, i, row.horizon) if row.horizon else MovingBoxes.empty()
-    return Window((index[i].token,), temporal_rays(frames, RayLimits(grid)), boxes)
+    source = LidarRays(no_return=True, half_pixel_offset=half_pixel_offset)
+    offsets = range(-MAX_HORIZON, MAX_HORIZON + 1)
+    neighbours = {offset: j for offset in offsets if (j := index.neighbour(i, offset)) is not None}
+    frames = {offset: (index[j], source.frame_rays(index[j])) for offset, j in neighbours.items()}
+    return Window(temporal_rays(frames, RayLimits(grid)), moving_boxes(index, i, MAX_HORIZON))
 
 
 def load_truth(index: KeyframeIndex, i: int, grid: VoxelGrid) -> Truth:
@@ -222,12 +224,13 @@ def fit(window: Window, row: Row, settings: FitSettings, on_step: Callable[[], o
     """The field that a window's rays ask for.
 
     Args:
-        window: of the same row.
+        window: what is known; the row takes its part.
         row: how rays are read.
         settings: of the fit.
         on_step: called after each step.
     """
     grid, activation = settings.grid, _activation(row, settings)
+    window = window.seen_by(row)
     motion = _motion(row.motion, window.boxes)
     rays = window.rays[motion.keeps(window.rays, grid)]
     current_share = settings.current_share if row.horizon else None

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.paired_tables import Scores, TextTable, difference_table, mean_table
-from benchmarks.report import machine
+from benchmarks.paired_tables import Scores, TextTable, difference_table, mean_table, publish
 from occflownet_core.errors import ConfigError, OccflownetError, TrainingError
 
 MEASURES = {
@@ -180,14 +179,8 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         if load_scores(run) is None and not options.tables:
             run.carry_out(options, console)
     made = tables([run for row in runs.values() for run in row], f"{options.config.stem}, {options.steps} steps")
-    for table in made:
-        table.show(console)
-    if made:
-        here = machine()
-        header = f"Machine: {here['cpu']}, {options.threads} thread(s), Python {here['python']}, {here['date']}.\n"
-        out = options.out / f"networks_{options.config.stem}_{options.steps}.md"
-        out.write_text("\n".join([header, *(table.markdown() for table in made)]))
-        console.print(f"written: {out}")
+    out = options.out / f"networks_{options.config.stem}_{options.steps}.md"
+    publish(made, out, options.threads, options.page, "networks", console)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -213,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, default=400, help="optimiser steps per run (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="Markdown page whose section takes the tables")
     parser.add_argument("--tables", action="store_true", help="run nothing, only make the tables of what is finished")
     return parser
 

@@ -6,10 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.report import machine
+from occflownet_core.errors import ConfigError
 
 Scores = Mapping[str, Mapping[str, float]]
 """Of one row: unit -> measure -> value in 0..1, NaN where it is not defined."""
@@ -116,3 +120,50 @@ def difference_table(
         if references[key] in rows
     ]
     return TextTable(title, ("", "against", *measures.values()), tuple(lines))
+
+
+def publish(
+    tables: Sequence[TextTable], out: Path, threads: int, page: Path | None, section: str, console: Console
+) -> None:
+    """Print tables and write them, with the machine, to a Markdown file and into a section of a page.
+
+    Args:
+        tables: none at all prints nothing and writes nothing.
+        out: the file.
+        threads: CPU threads that were used.
+        page: a Markdown page with the lines ``<!-- SECTION begins -->`` and ``<!-- SECTION ends -->``, or None.
+        section: its name there.
+        console: to print on.
+
+    Raises:
+        ConfigError: the page has no such section.
+    """
+    if not tables:
+        return
+    for table in tables:
+        table.show(console)
+    here = machine()
+    header = f"{here['cpu']}, {threads} thread(s), Python {here['python']}, {here['date']}.\n"
+    text = "\n".join([header, *(table.markdown() for table in tables)])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text)
+    console.print(f"written: {out}")
+    if page:
+        page.write_text(with_section(page.read_text(), section, text))
+        console.print(f"written: section '{section}' of {page}")
+
+
+def with_section(page: str, section: str, text: str) -> str:
+    """The page with another text between the section's two marker lines.
+
+    Raises:
+        ConfigError: it has no such markers.
+    """
+    begins, ends = f"<!-- {section} begins -->", f"<!-- {section} ends -->"
+    before, found, rest = page.partition(begins)
+    _, closed, after = rest.partition(ends)
+    if not found or not closed:
+        raise ConfigError(
+            f"the page has no section '{section}'; put the lines '{begins}' and '{ends}' where it belongs"
+        )
+    return f"{before}{begins}\n\n{text}\n{ends}{after}"

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,18 +23,20 @@ from benchmarks.field_fitting import (
     ROWS,
     THRESHOLDS,
     FitSettings,
+    FittedField,
     Row,
+    Truth,
+    Window,
     busiest_keyframes,
     confusion_matrices,
     fit,
     load_truth,
     load_window,
 )
-from benchmarks.paired_tables import Scores, TextTable, difference_table, mean_table
-from benchmarks.report import machine
+from benchmarks.paired_tables import Scores, TextTable, difference_table, mean_table, publish
 from occflownet_core.errors import ConfigError, OccflownetError
 from occflownet_core.metrics import DYNAMIC_CLASSES, STATIC_CLASSES, VoxelScores
-from training.data.nuscenes import KeyframeIndex
+from training.data.nuscenes import Keyframe, KeyframeIndex
 from training.data.splits import only_version
 from training.evaluation_report import comparison_picture
 
@@ -119,38 +121,47 @@ class Results:
 
 
 def measure(
-    index: KeyframeIndex, i: int, key: str, results: Results, progress: Progress, pictures: Path | None
-) -> None:
-    """Fit one row to one keyframe and keep its confusion matrices."""
-    settings, row, token = results.settings, ROWS[key], index[i].token
+    keyframe: Keyframe, window: Window, truth: Truth, key: str, settings: FitSettings, progress: Progress
+) -> tuple[dict, FittedField]:
+    """Fit one row to one keyframe: what is kept of it, confusion matrices above all, and the field."""
+    row = ROWS[key]
     task = progress.add_task(f"  {row.title}", total=settings.steps)
-    grid = settings.grid
-    truth = load_truth(index, i, grid)
-    window = load_window(index, i, row, grid)
     began, began_cpu = time.perf_counter(), time.process_time()
     fitted = fit(window, row, settings, lambda: progress.advance(task))
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
     confusion, moving = confusion_matrices(fitted, truth)
     progress.remove_task(task)
-    if pictures:
-        t = int(np.argmax([VoxelScores.of(c).miou for c in confusion]))
-        labels = fitted.labels_at(THRESHOLDS[t])
-        comparison_picture(labels, truth.labels, truth.camera_mask, grid, index[i], pictures / key)
-    results.save(
-        key,
-        token,
-        {
-            "key": key,
-            "token": token,
-            "scene": index[i].scene,
-            "rays": len(window.rays),
-            "seconds": round(seconds, 1),
-            "cpu_seconds": round(cpu_seconds, 1),
-            "terms": fitted.terms,
-            "confusion": confusion.tolist(),
-            "moving_confusion": moving.tolist(),
-        },
-    )
+    content = {
+        "key": key,
+        "token": keyframe.token,
+        "scene": keyframe.scene,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "terms": fitted.terms,
+        "confusion": confusion.tolist(),
+        "moving_confusion": moving.tolist(),
+    }
+    return content, fitted
+
+
+def measure_keyframe(
+    index: KeyframeIndex, i: int, keys: Sequence[str], results: Results, progress: Progress, pictures: Path | None
+) -> Iterator[str]:
+    """Fit all rows that have not been fitted to a keyframe yet, and keep the results; yields each row's key."""
+    pending = [key for key in keys if results.load(key, index[i].token) is None]
+    grid = results.settings.grid
+    truth = load_truth(index, i, grid) if pending else None
+    offsets = {ROWS[key].render.half_pixel_offset for key in pending}
+    windows = {offset: load_window(index, i, grid, offset) for offset in offsets}
+    for key in pending:
+        window = windows[ROWS[key].render.half_pixel_offset]
+        content, fitted = measure(index[i], window, truth, key, results.settings, progress)
+        results.save(key, index[i].token, content)
+        if pictures:
+            scores = [VoxelScores.of(np.array(c)).miou for c in content["confusion"]]
+            labels = fitted.labels_at(THRESHOLDS[int(np.argmax(scores))])
+            comparison_picture(labels, truth.labels, truth.camera_mask, grid, index[i], pictures / key)
+        yield key
 
 
 def best_threshold(measured: Sequence[dict]) -> int:
@@ -202,6 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, console: Console) -> None:
+    if options.quick:
+        options.rows, options.keyframes = list(LADDER), 2
     unknown = [key for key in options.rows if key not in ROWS]
     if unknown:
         raise ConfigError(f"row '{unknown[0]}' is unknown; the rows are {', '.join(ROWS)}")
@@ -214,21 +227,16 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         index = KeyframeIndex(options.dataroot, only_version(options.dataroot))
         chosen = busiest_keyframes(index, options.keyframes, settings.grid)
     pictures = options.out / "pictures" if options.pictures else None
-    jobs = [(i, key) for i in chosen for key in options.rows if results.load(key, index[i].token) is None]
+    waiting = sum(results.load(key, index[i].token) is None for i in chosen for key in options.rows)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        done = progress.add_task("fits", total=len(jobs))
-        for i, key in jobs:
-            measure(index, i, key, results, progress, pictures)
-            progress.advance(done)
+        done = progress.add_task("fits", total=waiting)
+        for i in chosen:
+            for _ in measure_keyframe(index, i, options.rows, results, progress, pictures):
+                progress.advance(done)
     made = tables(options.rows, [index[i].token for i in chosen], results)
-    for table in made:
-        table.show(console)
-    here = machine()
-    header = f"Machine: {here['cpu']}, {options.threads} thread(s), Python {here['python']}, {here['date']}.\n"
-    out = options.out / f"fields_{settings.steps}.md"
-    out.write_text("\n".join([header, *(table.markdown() for table in made)]))
-    console.print(f"written: {out}")
+    section = f"fields, {settings.steps} steps"
+    publish(made, options.out / f"fields_{settings.steps}.md", options.threads, options.page, section, console)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -253,6 +261,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, default=FitSettings.steps, help="steps per fit (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="only the rows on moving things, on two keyframes: minutes"
+    )
+    parser.add_argument("--page", type=Path, metavar="FILE", help="Markdown page whose section takes the tables")
     parser.add_argument("--pictures", action="store_true", help="also draw every field, beside its truth")
     return parser
 

@@ -28,7 +28,7 @@ from training.data.nuscenes import KeyframeIndex
 from training.data.rays import LidarRays
 from training.settings import parse
 
-SMALL = FitSettings(steps=40, rays_per_step=400, reach_m=4.0, density_rate=0.5, logit_rate=0.5)
+SMALL = FitSettings(steps=40, rays_per_step=400, reach_m=4.0, density_rate=0.5, logit_rate=0.5, forgetting=0.05)
 CAR, MANMADE = label_of("car"), label_of("manmade")
 
 
@@ -52,7 +52,7 @@ def car_that_moves(by_m: float) -> MovingBoxes:
 
 
 def test_a_wall_is_found_and_what_no_ray_crosses_stays_free():
-    window = Window(("t",), straight_rays(0.2, 0.4, 6.45, MANMADE, 0), MovingBoxes.empty())  # ends at x = 3.45 m
+    window = Window(straight_rays(0.2, 0.4, 6.45, MANMADE, 0), MovingBoxes.empty())  # ends at x = 3.45 m
     fitted = fit(window, ROWS["single"], SMALL)
     assert fitted.probability[18, 10, 3] > 0.8 and fitted.label[18, 10, 3] == MANMADE
     assert fitted.probability[3:18, 10, 3].max() < 0.05
@@ -64,7 +64,7 @@ def test_a_wall_is_found_and_what_no_ray_crosses_stays_free():
     ("row", "now", "ghost"), [("flow", True, False), ("static", False, True), ("filter", False, False)]
 )
 def test_where_a_car_seen_half_a_second_later_ends_up(row, now, ghost):
-    window = Window(("t",), straight_rays(1.85, 0.4, 5.25, CAR, 1), car_that_moves(1.6))  # ends at x = 2.25 m
+    window = Window(straight_rays(1.85, 0.4, 5.25, CAR, 1), car_that_moves(1.6))  # ends at x = 2.25 m
     # Something else, so that the filter has rays left.
     wall = straight_rays(-2.2, 0.4, 6.45, MANMADE, 1)
     window = replace(window, rays=Rays.cat([window.rays, wall]))
@@ -74,7 +74,7 @@ def test_where_a_car_seen_half_a_second_later_ends_up(row, now, ghost):
 
 
 def test_fits_repeat_themselves():
-    window = Window(("t",), straight_rays(0.2, 0.4, 6.45, MANMADE, 0, count=900), MovingBoxes.empty())
+    window = Window(straight_rays(0.2, 0.4, 6.45, MANMADE, 0, count=900), MovingBoxes.empty())
     first, second = (fit(window, ROWS["single"], replace(SMALL, steps=5)) for _ in range(2))
     np.testing.assert_array_equal(first.probability, second.probability)
 
@@ -90,14 +90,16 @@ def test_swept_voxels_by_hand():
 def test_windows_of_a_data_set(tiny_root):
     index = KeyframeIndex(tiny_root.path, "v1.0-tiny")
     settings = FitSettings()
-    window = load_window(index, 2, ROWS["horizon_2"], settings.grid)
+    whole = load_window(index, 2, settings.grid)
+    window = whole.seen_by(ROWS["horizon_2"])
     assert set(window.rays.time_index.tolist()) == {-2, -1, 0, 1, 2} and set(window.boxes.time_index.tolist()) == {
         -2,
         -1,
         1,
         2,
     }
-    assert set(load_window(index, 2, ROWS["single"], settings.grid).rays.time_index.tolist()) == {0}
+    assert set(whole.seen_by(ROWS["single"]).rays.time_index.tolist()) == {0}
+    assert not whole.rays.returned.all() and whole.seen_by(ROWS["no_holes"]).rays.returned.all()
     truth = load_truth(index, 2, settings.grid)
     # The file's car fills x 110..119, y 90..94, z 2..4 of 200 cells; the grid starts at cell 50 of them.
     assert truth.labels.shape == (100, 100, 16) and (truth.labels[60:70, 40:45, 2:5] == CAR).all()
