@@ -36,13 +36,18 @@ from occflownet_core.interpolate import nearest, trilinear
 from occflownet_core.labels import OCCUPIED_CLASSES, label_of
 from occflownet_core.renderer import Rays, RenderConfig, render
 from occflownet_core.renderer.samplers import grid_segment
+from occflownet_core.rig_file import load_rig
+from occflownet_core.runtime.bundle import load_bundle
+from occflownet_core.runtime.engine import create_engine
 from occflownet_core.voxel_field import VoxelField
+from occflownet_ros.share import share_path
 
 GRID = OCC3D_GRID
 TWIN_RAYS = 128
 TWIN_STEP_M = 0.0005
 LEAST_SPEEDUP = 3.0
 MOST_MEMORY = 0.5
+_MOST_OPAQUE = 1 - 1e-7  # float32 knows no probability between this and 1
 _SOLID_PER_M, _FREE_PER_M, _SOFT_M = 12.0, 0.01, 0.1
 
 
@@ -139,6 +144,35 @@ def load_field(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return density.astype(np.float32), logits.astype(np.float32)
 
 
+def model_field(bundle_path: Path, bag: Path) -> tuple[np.ndarray, np.ndarray]:
+    """What a model sees at a bag's first images: density [Z, Y, X] 1/m, exactly, and logits [17, Z, Y, X] of its classes.
+
+    A bundle gives the probability that a cell is opaque, 1 - exp(-s l), which has its density s in it; and with nothing
+    called free the likeliest class of every cell, but not by how much: logits are 4 for it and 0 for the others.
+
+    Raises:
+        OccflownetError: bundle or bag cannot be read, or do not belong together.
+    """
+    from occflownet_ros.bag import Bag
+    from occflownet_ros.demo import images_at
+
+    bundle = load_bundle(bundle_path)
+    with Bag(bag) as opened:
+        stamp_ns = next(
+            m.time_ns for m in opened.messages() if m.topic == f"/{bundle.cameras[0]}/image_rect_compressed"
+        )
+    images = images_at(bag, stamp_ns, bundle.cameras)
+    engine = create_engine(bundle, "onnxruntime", threads=1)
+    engine.calibrate(load_rig(bag / "calibration.yaml").ordered(bundle.cameras))
+    engine.occupancy_threshold = 0.0
+    network_images = [bundle.image_transform(*images[name].shape[1::-1]).image(images[name]) for name in bundle.cameras]
+    seen = engine.infer(np.stack(network_images), None)
+    opaque = seen.probability.transpose(2, 1, 0).astype(np.float64)  # [Z, Y, X]
+    density = -np.log1p(-np.minimum(opaque, _MOST_OPAQUE)) / bundle.grid.voxel_size_m
+    logits = 4.0 * np.eye(OCCUPIED_CLASSES + 1)[seen.labels.transpose(2, 1, 0)][..., :OCCUPIED_CLASSES]
+    return density.astype(np.float32), np.ascontiguousarray(logits.transpose(3, 0, 1, 2), dtype=np.float32)
+
+
 def resident_mb(name: str) -> float:
     """VmRSS (now) or VmHWM (peak) of this process, MB."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -221,7 +255,7 @@ def floor_seconds(crossings: int, grid: VoxelGrid, rate_gb_s: float) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    density, logits = load_field(arguments.field) if arguments.field else street()
+    density, logits, name = chosen_field(arguments)
     results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "field.npz"
@@ -268,9 +302,19 @@ def run(arguments: argparse.Namespace) -> int:
         ),
     ]
     details = {"rays": arguments.rays, "threads": arguments.threads, "copy_rate_gb_s": rate, "variants": results}
-    details["field"] = str(arguments.field) if arguments.field else "synthetic street"
-    publish("rendering, forward and backward", figures, arguments.out / "rendering.json", details)
+    details["field"] = name
+    publish(f"rendering, forward and backward, {name}", figures, arguments.out / "rendering.json", details)
     return 0
+
+
+def chosen_field(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, str]:
+    """Density and logits to render, and what to call them."""
+    if arguments.street:
+        return *street(), "synthetic street"
+    if arguments.field:
+        return *load_field(arguments.field), str(arguments.field)
+    bundle = arguments.bundle or share_path("demo", "bundle")
+    return *model_field(bundle, arguments.bag or share_path("demo", "bag")), f"field of {bundle.name}"
 
 
 def show(results: dict[str, dict], rays: int) -> None:
@@ -295,6 +339,9 @@ def show(results: dict[str, dict], rays: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rendering", description=__doc__.splitlines()[0])
     parser.add_argument("--field", type=Path, help=".npz with density [16,200,200] in 1/m and logits [17,16,200,200]")
+    parser.add_argument("--bundle", type=Path, help="model whose field to render (default: the demo model)")
+    parser.add_argument("--bag", type=Path, help="bag whose first images it sees (default: the demo drive)")
+    parser.add_argument("--street", action="store_true", help="render a synthetic street rather than a model's field")
     parser.add_argument("--rays", type=int, default=32_768, help="rays per step (default %(default)s)")
     parser.add_argument(
         "--repeats", type=int, default=3, help="steps of which the fastest counts (default %(default)s)"

@@ -9,49 +9,33 @@ import hashlib
 import logging
 import sys
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx
 import safetensors.torch
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from occflownet_core import poses
-from occflownet_core.camera import Camera, CameraRig
 from occflownet_core.encoder.lift import LiftTensors
 from occflownet_core.errors import ExportError, OccflownetError
 from occflownet_core.lift_tables import build_lift_tables
 from occflownet_core.model import DeployedModel, ModelConfig, OccFlowNet
 from occflownet_core.runtime.bundle import GRAPH, WEIGHTS, Bundle, RecurrentState, load_bundle, write_bundle
-from occflownet_core.runtime.engine import Prediction
-from occflownet_core.runtime.onnx_engine import OnnxEngine
 from training.checkpoint import load_checkpoint
+from training.graph import export_graph, store_half
+from training.parity import (
+    HALF_PRECISION,
+    PARITY_FRAMES,
+    SINGLE_PRECISION,
+    Parity,
+    check_parity,
+    drive,
+    ring_rig,
+)
 
-OPSET = 18
 TRAINING_CHECKPOINT = ".ckpt"
-PARITY_FRAMES = 6
-LABEL_AGREEMENT = 0.999
-PROBABILITY_TOLERANCE = 1e-3
-
-_FOREIGN_OPERATORS = ("Scatter", "Loop", "If", "Scan", "NonZero", "Unique", "NonMaxSuppression", "Sequence", "Optional")
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How well the exported graph agrees with the network over a drive.
-
-    Attributes:
-        label_agreement: share of voxels with the same label, the worst frame's.
-        probability_error: largest difference of occupancy probability, and of velocity (m/s) where there is one.
-    """
-
-    label_agreement: float
-    probability_error: float
 
 
 def load_model(config: ModelConfig, checkpoint: Path | None, seed: int = 0) -> OccFlowNet:
@@ -83,89 +67,13 @@ def load_model(config: ModelConfig, checkpoint: Path | None, seed: int = 0) -> O
         ) from None
 
 
-def export_graph(model: OccFlowNet) -> onnx.ModelProto:
-    """The deployment graph of a network.
-
-    Raises:
-        ExportError: it needs an operator that a runtime lacks.
-    """
-    deployed = DeployedModel(model).eval()
-    inputs = _example_inputs(model)
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            deployed,
-            inputs,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(DeployedModel.INPUTS),
-            output_names=list(deployed.outputs),
-            verbose=False,
-        )
-        path = Path(folder) / GRAPH
-        program.save(path, external_data=False)
-        graph = onnx.load(path)
-    _strip_notes(graph)
-    require_native_operators(graph)
-    return graph
-
-
-def require_native_operators(graph: onnx.ModelProto) -> None:
-    """Refuse operators that ONNX Runtime or TensorRT runs late, slowly or not at all (DESIGN: graph boundary).
-
-    Raises:
-        ExportError: a scatter, a data-dependent shape, control flow, a function, or a GridSample of more than 2D.
-    """
-    inferred = onnx.shape_inference.infer_shapes(graph)
-    values = [*inferred.graph.input, *inferred.graph.value_info]
-    rank = {value.name: len(value.type.tensor_type.shape.dim) for value in values}
-    for node in inferred.graph.node:
-        if node.op_type.startswith(_FOREIGN_OPERATORS) or node.domain not in ("", "ai.onnx"):
-            raise ExportError(f"the graph uses {node.op_type}, which not every runtime has; write the model without it")
-        if node.op_type == "GridSample" and rank.get(node.input[0]) != 4:
-            raise ExportError("the graph uses GridSample on other than 2D maps, which TensorRT lacks; fold axes first")
-
-
-def check_parity(model: OccFlowNet, bundle: Bundle, frames: int = PARITY_FRAMES) -> Parity:
-    """Run the network and its bundle side by side over frames with changing images and ego motion.
-
-    The threshold is the first frame's mean probability, so that occupied and free voxels are both put to the test.
-
-    Raises:
-        ExportError: they disagree by more than ``LABEL_AGREEMENT`` or ``PROBABILITY_TOLERANCE`` allow.
-    """
-    rig = ring_rig(model.config)
-    engine = OnnxEngine(bundle, threads=torch.get_num_threads())
-    engine.calibrate(rig)
-    images, _ = next(drive(model.config, 1))
-    engine.occupancy_threshold = float(engine.infer(images, None).probability.mean())
-    engine.reset()
-
-    deployed = DeployedModel(model).eval()
-    tables = _table_tensors(rig, model)
-    threshold, state = torch.tensor(engine.occupancy_threshold), model.empty_state()
-    agreement, error = [], []
-    for images, previous_from_current in drive(model.config, frames):
-        ours = engine.infer(images, previous_from_current)
-        motion = torch.from_numpy(previous_from_current).float()
-        with torch.no_grad():
-            *results, state = deployed(torch.from_numpy(images), *tables, motion, threshold, state)
-        theirs = Prediction(*(result.numpy() for result in results))
-        agreement.append(float((theirs.labels == ours.labels).mean()))
-        error.append(float(np.abs(theirs.probability - ours.probability).max()))
-        if theirs.velocity_mps is not None:
-            error.append(float(np.abs(theirs.velocity_mps - ours.velocity_mps).max()))
-    parity = Parity(min(agreement), max(error))
-    if not (parity.label_agreement >= LABEL_AGREEMENT and parity.probability_error <= PROBABILITY_TOLERANCE):
-        raise ExportError(
-            f"the exported graph is not the network: {parity.label_agreement:.4%} of labels agree, probabilities "
-            f"or velocities differ by up to {parity.probability_error:.2g}; nothing was written"
-        )
-    return parity
-
-
 def export(
-    model: OccFlowNet, out: Path, provenance: dict, metrics: dict | None = None, with_weights: bool = False
+    model: OccFlowNet,
+    out: Path,
+    provenance: dict,
+    metrics: dict | None = None,
+    with_weights: bool = False,
+    half_size: bool = False,
 ) -> tuple[Bundle, Parity]:
     """Write a network's bundle, if its graph does what the network does.
 
@@ -174,6 +82,7 @@ def export(
         out: the bundle's folder; an older bundle there is replaced.
         provenance, metrics: plain values for ``bundle.yaml``.
         with_weights: add the weights, for the torch engine.
+        half_size: store the graph's weights in half precision; it still computes in single precision.
 
     Raises:
         ExportError: the graph uses foreign operators or fails the parity check.
@@ -181,7 +90,10 @@ def export(
     """
     model = model.eval()
     config = model.config
-    files = {GRAPH: export_graph(model).SerializeToString()}
+    graph = export_graph(model)
+    if half_size:
+        store_half(graph)
+    files = {GRAPH: graph.SerializeToString()}
     if with_weights:
         files[WEIGHTS] = safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()})
     bundle = Bundle(
@@ -202,40 +114,9 @@ def export(
     with tempfile.TemporaryDirectory() as folder:
         trial = dataclasses.replace(bundle, directory=Path(folder))
         write_bundle(trial, files)
-        parity = check_parity(model, load_bundle(folder))
+        parity = check_parity(model, load_bundle(folder), HALF_PRECISION if half_size else SINGLE_PRECISION)
     write_bundle(bundle, files)
     return load_bundle(out), parity
-
-
-def ring_rig(config: ModelConfig) -> CameraRig:
-    """Cameras at 1.6 m height that look outwards at equal angles, with the network's own image size."""
-    width, height = config.image_width_px, config.image_height_px
-    focal_px = config.depth.reference_focal_px or 0.8 * width
-    intrinsic = np.array([[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1]])
-    cameras = []
-    for name, yaw in zip(config.cameras, np.linspace(0, 2 * np.pi, len(config.cameras), endpoint=False), strict=True):
-        ego_from_camera = np.eye(4)
-        right, down = (np.sin(yaw), -np.cos(yaw), 0), (0, 0, -1)
-        ego_from_camera[:3, :3] = np.stack([right, down, (np.cos(yaw), np.sin(yaw), 0)], axis=1)
-        ego_from_camera[2, 3] = 1.6
-        cameras.append(Camera(name, width, height, intrinsic, ego_from_camera))
-    return CameraRig(tuple(cameras))
-
-
-def drive(config: ModelConfig, frames: int, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Made-up input: blocks of colour that drift through the images while the vehicle drives a wavy line.
-
-    Yields:
-        images uint8 [N, H, W, 3], previous_from_current float64 [4, 4] (identity at first).
-    """
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (len(config.cameras), config.image_height_px // 8, config.image_width_px // 8, 3))
-    images = blocks.repeat(8, axis=1).repeat(8, axis=2) + rng.integers(-20, 20, (1, 1, 1, 3))
-    for frame in range(frames):
-        drifted = np.roll(images, 5 * frame, axis=2) + rng.integers(-10, 10, images.shape)
-        yaw = 0.1 * np.sin(frame) if frame else 0.0
-        step_m = np.array([0.7 * frame, 0.1 * frame, 0.02]) if frame else np.zeros(3)
-        yield np.clip(drifted, 0, 255).astype(np.uint8), poses.pose(step_m, (np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -247,7 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with console.status("building the network"):
             model, provenance = _network(options)
         with console.status("exporting, then driving network and graph side by side"):
-            bundle, parity = export(model, options.out, provenance, with_weights=options.with_weights)
+            bundle, parity = export(
+                model, options.out, provenance, with_weights=options.with_weights, half_size=options.half_size
+            )
     except OccflownetError as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
@@ -260,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m training.export",
         description="Write a network as a model bundle: the folder that `ros2 launch occflownet_ros occ.launch.py bundle:=DIR` runs.",
         epilog="Before anything is written, network and graph run side by side over "
-        f"{PARITY_FRAMES} frames; the export is refused if less than {LABEL_AGREEMENT:.1%} of labels agree. "
+        f"{PARITY_FRAMES} frames; the export is refused if less than {SINGLE_PRECISION.label_agreement:.1%} of labels agree. "
         "Example: python -m training.export --checkpoint out/tiny/best.ckpt --out models/tiny",
     )
     parser.add_argument(
@@ -275,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle; an older bundle is replaced")
     parser.add_argument("--occupancy-threshold", type=float, help="instead of the configuration's, probability 0..1")
     parser.add_argument("--with-weights", action="store_true", help="add the weights, for the engine 'torch'")
+    parser.add_argument("--half-size", action="store_true", help="store the graph's weights in half precision")
     parser.add_argument("--note", help="a sentence for people about this model; kept in bundle.yaml, shown by the demo")
     parser.add_argument("--seed", type=int, default=0, help="of an untrained network's random weights (default 0)")
     return parser
@@ -341,36 +225,6 @@ def _with_activation_statistics(model: OccFlowNet) -> OccFlowNet:
     for norm, momentum in zip(norms, usual, strict=True):
         norm.momentum = momentum
     return model.eval()
-
-
-def _table_tensors(rig: CameraRig, model: OccFlowNet) -> tuple[torch.Tensor, ...]:
-    tables = build_lift_tables(rig, model.lift_spec)
-    return tuple(torch.from_numpy(t) for t in (tables.pixel_index, tables.depth_index, tables.depth_weight))
-
-
-def _example_inputs(model: OccFlowNet) -> tuple[torch.Tensor, ...]:
-    images, previous_from_current = next(drive(model.config, 1))
-    return (
-        torch.from_numpy(images),
-        *_table_tensors(ring_rig(model.config), model),
-        torch.from_numpy(previous_from_current).float(),
-        torch.tensor(model.config.occupancy_threshold),
-        model.empty_state(),
-    )
-
-
-def _strip_notes(graph: onnx.ModelProto) -> None:
-    """Drop stack traces and names of source files, which the exporter leaves in every node."""
-    del graph.metadata_props[:], graph.graph.metadata_props[:]
-    for entry in (
-        *graph.graph.node,
-        *graph.graph.value_info,
-        *graph.graph.initializer,
-        *graph.graph.input,
-        *graph.graph.output,
-    ):
-        entry.doc_string = ""
-        del entry.metadata_props[:]
 
 
 if __name__ == "__main__":

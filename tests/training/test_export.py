@@ -18,16 +18,9 @@ from occflownet_core.errors import EngineError, ExportError
 from occflownet_core.model import ModelConfig, OccFlowNet
 from occflownet_core.runtime.bundle import load_bundle, write_bundle
 from occflownet_core.runtime.engine import create_engine
-from training.export import (
-    check_parity,
-    drive,
-    export,
-    export_graph,
-    load_model,
-    main,
-    require_native_operators,
-    ring_rig,
-)
+from training.export import export, load_model, main
+from training.graph import export_graph, require_native_operators
+from training.parity import check_parity, drive, ring_rig
 
 CONFIG = Path(__file__).resolve().parents[2] / "training" / "configs" / "minicity_tiny.yaml"
 SMALL = """
@@ -130,6 +123,16 @@ def test_velocity_is_an_output_where_the_field_has_it(small_config, tmp_path):
     engine = create_engine(export(OccFlowNet(config).eval(), tmp_path / "still", {})[0], "onnxruntime", threads=1)
     engine.calibrate(ring_rig(config))
     assert engine.infer(images, None).velocity_mps is None
+
+
+def test_half_the_size_sees_almost_the_same(tiny, bundle, tmp_path):
+    half, parity = export(tiny, tmp_path / "half", {"training": "none"}, half_size=True)
+    assert 0 < parity.probability_error <= 0.1 and 0.98 <= parity.label_agreement < 1
+    assert half.graph_path.stat().st_size < 0.55 * bundle.graph_path.stat().st_size
+    types = {
+        constant.data_type for constant in onnx.load(half.graph_path).graph.initializer if np.prod(constant.dims) > 5000
+    }
+    assert types == {onnx.TensorProto.FLOAT16}
 
 
 def test_missing_cameras_are_not_looked_at(tiny, bundle):
