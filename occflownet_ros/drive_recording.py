@@ -59,6 +59,10 @@ class CameraHistory:
             require_usable(model, topics)
             self.changes.append((stamp_ns, model))
 
+    def finish(self, otherwise: CameraModel) -> None:
+        """Call once all are there; where there are none, the other model holds."""
+        self.changes = sorted(self.changes, key=lambda change: change[0]) or [(0, otherwise)]
+
     def at(self, stamp_ns: int) -> CameraModel:
         """The model that held at a moment; before the first, the first."""
         index = bisect_right(self.changes, stamp_ns, key=lambda change: change[0])
@@ -101,7 +105,7 @@ def read_recording(survey: Survey, with_lidar: bool, on_progress: Progress = lam
     for sensor in sensors.values():
         sensor.finish()
     for channel, model in survey.models.items():
-        recording.models[channel].changes = recording.models[channel].changes or [(0, model)]
+        recording.models[channel].finish(model)
     recording.keyframes.sort()
     return recording
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from occflownet_core.camera import Camera, CameraRig
 from occflownet_core.errors import BagError, ImageError
 from occflownet_core.nuscenes_tables import NuscenesTables, point_labels_file, stable_token, write_blank_map
+from occflownet_core.rig_file import save_rig
 from occflownet_ros.bag_survey import LIDAR, Survey, decode
 from occflownet_ros.camera_model import rectified_jpeg
 from occflownet_ros.drive_plan import Measurement, Plan, PlannedKeyframe
@@ -20,6 +22,8 @@ from occflownet_ros.point_cloud import deskewed, sweep_of_cloud
 
 _MAP_FILE = "maps/blank.png"
 _NAMESPACE = "bag_to_nuscenes"
+CALIBRATION_FILE = "calibration.yaml"
+"""Beside the tables: the cameras, for vehicles and machines without /tf_static."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class RootWriter:
         self.root, self.version, self.jpeg_quality = root, version, jpeg_quality
         self._tables = NuscenesTables(_NAMESPACE)
         self._calibrated: set[str] = set()
+        self._first: PlannedKeyframe | None = None
 
     def add_drive(
         self, name: str, survey: Survey, plan: Plan, on_progress: Progress = lambda done, total: None
@@ -93,14 +98,24 @@ class RootWriter:
         summary = DriveSummary(
             name, dict(zip(names, scenes, strict=True)), plan.left_out + Counter(broken.values()), _by_channel(written)
         )
+        self._first = self._first or scenes[0][0]
         self._add_rows(summary, labelled=bool(survey.topic_map.lidar and survey.topic_map.lidar.label_field))
         return summary
 
     def finish(self) -> None:
-        """Write the tables."""
+        """Write the tables, and the first drive's cameras as the node's ``calibration_file`` takes them."""
         self._tables.add_map(stable_token(_NAMESPACE, "map"), _MAP_FILE)
         write_blank_map(self.root / _MAP_FILE)
         self._tables.write(self.root, self.version)
+        images = [m for m in self._first.measurements if m.model]
+        rig = CameraRig(
+            tuple(
+                Camera(m.channel, m.model.width_px, m.model.height_px, m.model.intrinsic, m.ego_from_sensor.matrix)
+                for m in images
+            )
+        )
+        mounts = {m.channel: m.ego_from_sensor for m in images}
+        save_rig(rig, self.root / CALIBRATION_FILE, "of the first drive", mounts)
 
     def _add_rows(self, summary: DriveSummary, labelled: bool) -> None:
         first_ns = next(iter(summary.scenes.values()))[0].stamp_ns

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from occflownet_core import poses
-from occflownet_core.rig_file import save_rig
+from occflownet_core.rig_file import load_rig, save_rig
 from occflownet_ros import bag_to_nuscenes, nuscenes_to_bag
 from occflownet_ros.topic_map import load_topic_map
 from tests.ros import own_vehicle as vehicle
@@ -155,6 +155,10 @@ def test_own_vehicle_poses_calibration_and_keyframes(own_bag, tmp_path):
             np.testing.assert_allclose(sensor.global_from_ego[:3, 3], truth[:3, 3], atol=2e-4)
             np.testing.assert_allclose(sensor.global_from_ego[:3, :3], truth[:3, :3], atol=1e-6)
             np.testing.assert_allclose(sensor.ego_from_sensor, vehicle.base_from(frames[sensor.channel]), atol=1e-12)
+    for camera in load_rig(root / "calibration.yaml"):
+        np.testing.assert_array_equal(camera.intrinsic, vehicle.MATRIX)
+        np.testing.assert_allclose(camera.ego_from_camera, vehicle.base_from(frames[camera.name]), atol=1e-12)
+    for keyframe in index:
         for camera in keyframe.cameras:
             np.testing.assert_array_equal(camera.intrinsic, vehicle.MATRIX)
             # 15 Hz: the nearest image is at most half of 66.7 ms away.
