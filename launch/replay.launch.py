@@ -35,7 +35,11 @@ _ARGUMENTS = (
     ("gt", "", "Root with Occ3D's gts/; empty: the ground truth that the bag carries."),
     ("mode", "lockstep", "lockstep: every keyframe once, exactly; realtime: as on the vehicle, drops and all."),
     ("rate", "", "realtime: bag seconds per second; empty: 1."),
-    ("calibration", "", "YAML file with the cameras' extrinsics; empty: calibration.yaml in the bag, else /tf_static."),
+    (
+        "calibration",
+        "",
+        "YAML file with the cameras' extrinsics; empty: calibration.yaml in the bag, else its /tf_static.",
+    ),
     ("force", "false", "true: replace an older evaluation in out."),
     (
         "domain_id",

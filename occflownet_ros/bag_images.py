@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CompressedImage, Image
 
+from occflownet_core.errors import ImageError
 from occflownet_core.preprocess import ImageTransform
 from occflownet_ros.bag import Bag, BagMessage
 from occflownet_ros.cdr import header_stamp_ns
@@ -59,4 +61,6 @@ def _picture(message: BagMessage) -> np.ndarray | None:
         decoded = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
         return None if decoded is None else thumbnail(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB))
     image = deserialize_message(message.data, Image)
-    return thumbnail(network_image(image, ImageTransform.fit(image.width, image.height, image.width, image.height)))
+    with contextlib.suppress(ImageError):  # what the node could not read either is not shown
+        return thumbnail(network_image(image, ImageTransform.fit(image.width, image.height, image.width, image.height)))
+    return None

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from occflownet_ros.replay import Replay
 
 _DOMAINS = range(120, 200)
-_OURS = {"report.json", "report.html", "node.log", "labels"}
+_OURS = {"report.json", "report.html", "node.log", "labels", "calibration.yaml"}
 
 _HELP_END = """
 lockstep (default): each keyframe that the bag marks on /keyframe goes through the node exactly once, made of its own
@@ -75,7 +75,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="cameras' extrinsics (default: calibration.yaml in the bag, else tf)",
+        help="cameras' extrinsics (default: calibration.yaml in the bag, else its /tf_static)",
     )
     parser.add_argument(
         "--anchor-camera", metavar="NAME", help="opens a set (default: CAM_FRONT, or the bundle's first)"
@@ -127,7 +127,8 @@ def evaluate(arguments: argparse.Namespace) -> content.ReplayReport:
     labels = [_labels_of(replay, stamp_ns) for _, _, stamp_ns in _moments(plan, replay)]
     if not replay.frames and not replay.set_counts().get("opened"):
         raise OccflownetError(f"the node published no voxels: {replay.trouble()}; see {arguments.out / 'node.log'}")
-    report, shown = _report(plan, replay, labels, started_s, arguments.max_frames)
+    with console.status("scoring"):
+        report, shown = _report(plan, replay, labels, started_s, arguments.max_frames)
     (arguments.out / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     with console.status("writing the page"):
         frames = _page_frames(plan, report, labels, shown)

@@ -13,6 +13,7 @@ import yaml
 from occflownet_core.errors import BagError, DatasetError, OccflownetError
 from occflownet_core.runtime.bundle import Bundle, load_bundle
 from occflownet_ros.bag import Bag
+from occflownet_ros.bag_calibration import save_bags_rig
 from occflownet_ros.bag_keyframes import BagKeyframe, NodeInputs, find_inputs, read_keyframes
 from occflownet_ros.calibration_source import anchor_index
 from occflownet_ros.ground_truth import TrueKeyframe, read_ground_truth
@@ -99,7 +100,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         anchor_camera,
         keyframes,
         truth,
-        _node_parameters(arguments, inputs, anchor_camera, given),
+        _node_parameters(arguments, bundle, inputs, anchor_camera, given),
         span_ns,
     )
 
@@ -123,27 +124,35 @@ def _given_parameters(assignments: Sequence[str]) -> dict[str, object]:
 
 
 def _node_parameters(
-    arguments: argparse.Namespace, inputs: NodeInputs, anchor_camera: str, given: Mapping[str, object]
+    arguments: argparse.Namespace,
+    bundle: Bundle,
+    inputs: NodeInputs,
+    anchor_camera: str,
+    given: Mapping[str, object],
 ) -> dict[str, object]:
+    """The node's parameters that differ from its defaults; writes the bag's calibration to ``--out`` if it is needed."""
     calibration = arguments.calibration
     if calibration is None and (arguments.bag / "calibration.yaml").is_file():
         calibration = arguments.bag / "calibration.yaml"
+    if calibration is None and inputs.infos:
+        # The player sends no transforms: the node gets the bag's own as a file.
+        calibration = arguments.out / "calibration.yaml"
+        base_frame = Settings.from_values(given).base_frame
+        save_bags_rig(arguments.bag, inputs, bundle.cameras, base_frame, calibration)
+    if calibration is None:
+        raise BagError(
+            f"bag {arguments.bag} has no camera_info of every camera; give the cameras' intrinsics and extrinsics with "
+            "--calibration FILE"
+        )
     parameters: dict[str, object] = {
         **(LOCKSTEP_PARAMETERS if arguments.mode == LOCKSTEP else {}),
         "bundle": str(arguments.bundle),
         "anchor_camera": anchor_camera,
         "image_transport": inputs.image_transport,
         "odom_topic": inputs.odometry,
+        "calibration_file": str(calibration),
+        "intrinsics_source": "camera_info" if inputs.infos else "calibration_file",
     }
-    if calibration is not None:
-        parameters["calibration_file"] = str(calibration)
-        if not inputs.infos:
-            parameters["intrinsics_source"] = "calibration_file"
-    elif not inputs.infos:
-        raise BagError(
-            f"bag {arguments.bag} has no camera_info of every camera; give the cameras' intrinsics and extrinsics with "
-            "--calibration FILE"
-        )
     if arguments.mode == REALTIME and (arguments.rate or 1.0) != 1.0:
         parameters["use_sim_time"] = True  # deadlines then count in the bag's time
     parameters = {**parameters, **given}

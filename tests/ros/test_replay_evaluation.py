@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from occflownet_core.errors import CalibrationError
 from occflownet_core.evaluation import INVENTED, MISSED, RIGHT, WRONG_CLASS, difference
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import FREE, label_of
@@ -221,6 +222,21 @@ def test_a_bag_without_intrinsics_needs_a_calibration(keyframe_bag, demo_bundle,
     bag = without_topics(keyframe_bag, tmp_path / "bare", "/CAM_FRONT/camera_info")
     said = refused(capsys, "--bag", bag, "--bundle", demo_bundle, "--out", tmp_path / "out")
     assert "has no camera_info of every camera" in said
+
+
+def test_a_bags_own_transforms_are_its_calibration(keyframe_bag, tmp_path):
+    from occflownet_core.rig_file import load_rig
+    from occflownet_ros.bag import Bag
+    from occflownet_ros.bag_calibration import save_bags_rig
+    from occflownet_ros.bag_keyframes import find_inputs
+
+    expected = load_rig(keyframe_bag / "calibration.yaml")
+    with Bag(keyframe_bag) as bag:
+        inputs = find_inputs(bag, expected.names)
+    save_bags_rig(keyframe_bag, inputs, expected.names, "base_link", tmp_path / "rig.yaml")
+    assert load_rig(tmp_path / "rig.yaml") == expected  # bit for bit: Camera compares arrays exactly
+    with pytest.raises(CalibrationError, match="no transform from chassis to CAM_BACK, CAM_BACK_LEFT"):
+        save_bags_rig(keyframe_bag, inputs, expected.names, "chassis", tmp_path / "none.yaml")
 
 
 def test_what_lies_in_out_is_not_replaced_unasked(keyframe_bag, demo_bundle, tmp_path, capsys):
