@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import json
 import logging
 import sys
 import tempfile
@@ -126,10 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with console.status("building the network"):
+            metrics = measured(options.metrics) if options.metrics else None
             model, provenance = _network(options)
         with console.status("exporting, then driving network and graph side by side"):
             bundle, parity = export(
-                model, options.out, provenance, with_weights=options.with_weights, half_size=options.half_size
+                model, options.out, provenance, metrics, with_weights=options.with_weights, half_size=options.half_size
             )
     except OccflownetError as error:
         print(f"export: {error}", file=sys.stderr)
@@ -159,9 +161,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--occupancy-threshold", type=float, help="instead of the configuration's, probability 0..1")
     parser.add_argument("--with-weights", action="store_true", help="add the weights, for the engine 'torch'")
     parser.add_argument("--half-size", action="store_true", help="store the graph's weights in half precision")
+    parser.add_argument(
+        "--metrics", type=Path, metavar="FILE", help="JSON of training.evaluate; its totals are kept in bundle.yaml"
+    )
     parser.add_argument("--note", help="a sentence for people about this model; kept in bundle.yaml, shown by the demo")
     parser.add_argument("--seed", type=int, default=0, help="of an untrained network's random weights (default 0)")
     return parser
+
+
+def measured(path: Path) -> dict:
+    """The totals of an evaluation's report, with the settings that they hold for.
+
+    Raises:
+        ExportError: the file cannot be read or is no such report.
+    """
+    try:
+        report = json.loads(path.read_text())
+        masked, data = report["camera_mask"], report["data"]
+        totals = {name: masked[name] for name in ("miou_17", "dynamic_miou", "static_miou", "geometric_iou")}
+        totals["ray_iou"] = report["rays"]["ray_iou"]
+        evaluated = (
+            f"{data['dataroot']}, {report['samples']} keyframes of {data['scenes']} scenes, camera mask, 17 classes"
+        )
+        threshold = report["settings"]["occupancy_threshold"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"metrics {path} cannot be read ({error}); give the JSON of training.evaluate") from None
+    rounded = {name: None if value is None else round(value, 4) for name, value in totals.items()}
+    return {"evaluated_on": evaluated, "occupancy_threshold": threshold, **rounded}
 
 
 def _network(options: argparse.Namespace) -> tuple[OccFlowNet, dict]:

@@ -11,6 +11,7 @@ import torch
 
 from occflownet_core import poses
 from occflownet_core.camera import CameraRig
+from occflownet_core.errors import ExportError
 from occflownet_core.evaluation import OccupancyEvaluation, difference
 from occflownet_core.grid import OCC3D_GRID
 from occflownet_core.labels import FREE
@@ -22,6 +23,7 @@ from occflownet_core.runtime.engine import Engine, Prediction, create_engine
 from training.checkpoint import CONFIG_KEY, PROVENANCE_KEY
 from training.data.nuscenes import KeyframeIndex, load_occupancy
 from training.evaluate import evaluate, main, run_keyframes, scene_ray_origins_m
+from training.export import measured
 
 VERSION = "v1.0-tiny"
 
@@ -195,6 +197,13 @@ def test_command_line(tiny_root, tiny_bundle, tmp_path, capsys):
     assert picture.shape[1] > 1500 and picture.std() > 10
     printed = capsys.readouterr().out
     assert "RayIoU" in printed and "occupancy threshold 0.06" in " ".join(printed.split())
+    kept = measured(out)
+    assert kept["evaluated_on"] == f"{tiny_root.path.name}, 1 keyframes of 1 scenes, camera mask, 17 classes"
+    assert kept["occupancy_threshold"] == 0.06
+    assert kept["geometric_iou"] == pytest.approx(report["camera_mask"]["geometric_iou"], abs=1e-4)
+    out.write_text("{}")
+    with pytest.raises(ExportError, match="give the JSON of training.evaluate"):
+        measured(out)
 
 
 @pytest.mark.parametrize(
