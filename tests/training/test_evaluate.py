@@ -202,7 +202,7 @@ def test_command_line(tiny_root, tiny_bundle, tmp_path, capsys):
     assert kept["occupancy_threshold"] == 0.06
     assert kept["geometric_iou"] == pytest.approx(report["camera_mask"]["geometric_iou"], abs=1e-4)
     out.write_text("{}")
-    with pytest.raises(ExportError, match="give the JSON of training.evaluate"):
+    with pytest.raises(ExportError, match=r"give the JSON of training\.evaluate"):
         measured(out)
 
 
