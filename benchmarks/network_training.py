@@ -48,6 +48,13 @@ class NetworkRow:
     seeds: int = 1
 
 
+# Every run starts from the same image encoder, taught by single images: without that, minutes of training tell rows apart
+# by how their encoders happened to begin.
+IMAGES = "images"
+_IMAGES = (
+    *("--supervision.kind", "images", "--data.no_return_rays", "false", "--trainer.batch_size", "2"),
+    *("--losses.depth_weight", "1", "--losses.image_semantic_weight", "1"),
+)
 _STATIC = ("--motion.kind", "static")
 ROWS = {
     "single": NetworkRow(
@@ -80,22 +87,15 @@ class Run:
         """The evaluation's JSON; it is there when the run is finished."""
         return self.out / "eval.json"
 
+    @property
+    def start(self) -> Path:
+        """The weights that it starts from."""
+        return self.out.parent / IMAGES / "last.ckpt"
+
     def fit_command(self, options: argparse.Namespace) -> list[str]:
         """``training.fit`` from the start, or from the last checkpoint where there is one."""
-        roots = "[" + ",".join(str(root) for root in options.dataroot) + "]"
-        settings = {
-            "data.dataroot": roots,
-            "data.val_dataroot": options.val_dataroot,
-            "trainer.out": self.out,
-            "trainer.seed": self.seed,
-            "trainer.max_steps": options.steps,
-            "trainer.val_steps": options.steps,  # one validation, at the end: it takes the threshold
-            "trainer.threads": options.threads,
-        }
-        command = [sys.executable, "-m", "training.fit", "--config", str(options.config)]
-        command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        command += ROWS[self.key].options
-        return [*command, "--resume", "last"] if (self.out / "last.ckpt").exists() else command
+        more = (*ROWS[self.key].options, "--trainer.initial_weights", str(self.start))
+        return fit_command(self.out, options, options.steps, self.seed, more)
 
     def evaluate_command(self, options: argparse.Namespace) -> list[str]:
         """``training.evaluate`` of the last weights on the held-out scenes."""
@@ -109,17 +109,51 @@ class Run:
         Raises:
             TrainingError: a process failed.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
-        for command, log in ((self.fit_command(options), "fit.log"), (self.evaluate_command(options), "evaluate.log")):
-            console.print(f"[dim]{shlex.join(command)}[/]", highlight=False)
-            with (self.out / log).open("a") as stream:
-                status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
-            if status:
-                last = (self.out / log).read_text().strip().splitlines()[-1:]
-                self.result.unlink(missing_ok=True)
-                raise TrainingError(f"run {self.out} failed ({' '.join(last)}); its output is in {self.out / log}")
+        if not self.start.exists() or not (self.start.parent / "done").exists():
+            command = fit_command(self.start.parent, options, options.image_steps, 0, _IMAGES)
+            execute(command, self.start.parent / "fit.log", console)
+            (self.start.parent / "done").touch()
+        execute(self.fit_command(options), self.out / "fit.log", console)
+        try:
+            execute(self.evaluate_command(options), self.out / "evaluate.log", console)
+        except TrainingError:
+            self.result.unlink(missing_ok=True)
+            raise
         console.print(f"{self.out.name}: {time.perf_counter() - began:.0f} s")
+
+
+def fit_command(out: Path, options: argparse.Namespace, steps: int, seed: int, more: Sequence[str]) -> list[str]:
+    """``training.fit`` into a folder, from the start or from the last checkpoint where there is one."""
+    roots = "[" + ",".join(str(root) for root in options.dataroot) + "]"
+    settings = {
+        "data.dataroot": roots,
+        "data.val_dataroot": options.val_dataroot,
+        "trainer.out": out,
+        "trainer.seed": seed,
+        "trainer.max_steps": steps,
+        "trainer.val_steps": steps,  # one validation, at the end: it takes the threshold
+        "trainer.threads": options.threads,
+    }
+    command = [sys.executable, "-m", "training.fit", "--config", str(options.config)]
+    command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    command += more
+    return [*command, "--resume", "last"] if (out / "last.ckpt").exists() else command
+
+
+def execute(command: Sequence[str], log: Path, console: Console) -> None:
+    """Run a process, its output into a file.
+
+    Raises:
+        TrainingError: it failed; with its last words.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    console.print(f"[dim]{shlex.join(command)}[/]", highlight=False)
+    with log.open("a") as stream:
+        status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
+    if status:
+        last = log.read_text().strip().splitlines()[-1:]
+        raise TrainingError(f"run {log.parent} failed ({' '.join(last)}); its output is in {log}")
 
 
 def load_scores(run: Run) -> dict[str, float] | None:
@@ -205,6 +239,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the network (default %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=400, help="optimiser steps per run (default %(default)s)")
+    parser.add_argument(
+        "--image-steps", type=int, default=1000, help="steps of the image encoder's start (default %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="Markdown page whose section takes the tables")
     parser.add_argument("--tables", action="store_true", help="run nothing, only make the tables of what is finished")
