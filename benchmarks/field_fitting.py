@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from occflownet_core.boxes import BoxIndex, MovingBoxes
 from occflownet_core.errors import DatasetError
@@ -75,8 +76,9 @@ class FitSettings:
         initial_density_per_m: where every voxel starts, so low that what no ray crosses stays free at any threshold.
         forgetting: how fast a voxel for which nothing speaks any more returns there: before surfaces have formed, rays
             pull at everything behind them as well (AdamW's weight decay).
-        least_gradient: gradients far below this move nothing (Adam's epsilon); one ray that ends in a voxel and is not
-            explained yet pulls with 1 / ``rays_per_step``.
+        least_share: density gradients far below this share of the first step's root mean square move nothing (Adam's
+            epsilon): relative, because rows differ in what their losses weigh.
+        least_logit_gradient: the same for logits, whose loss all rows share.
         reach_m: fields end at this distance from the ego origin in x and y, a whole number of voxels.
         seed: of the drawn rays.
     """
@@ -88,7 +90,8 @@ class FitSettings:
     logit_rate: float = 0.6
     initial_density_per_m: float = 0.02
     forgetting: float = 0.1
-    least_gradient: float = 1e-5
+    least_share: float = 0.2
+    least_logit_gradient: float = 1e-5
     reach_m: float = 16.0
     seed: int = 0
 
@@ -244,19 +247,21 @@ def fit(window: Window, row: Row, settings: FitSettings, on_step: Callable[[], o
             {"params": [table], "lr": settings.logit_rate, "weight_decay": 0.0},
         ],
         betas=(0.9, 0.99),
-        eps=settings.least_gradient,
+        eps=settings.least_logit_gradient,
         fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     )
-    for _ in range(settings.steps):
+    for step in range(settings.steps):
         drawn = draw_rays(rays, settings.rays_per_step, current_share, generator)
         seen_field = VoxelField(activation.density(start + evidence), table.movedim(-1, 1), grid)
         rendered = render(seen_field, drawn, grid, motion, row.render, generator)
         terms = ray_losses(rendered, drawn, row.losses, row.render)
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
+        if step == 0:
+            optimizer.param_groups[0]["eps"] = settings.least_share * _typical(evidence.grad)
         optimizer.step()
         schedule.step()
         on_step()
@@ -268,6 +273,11 @@ def fit(window: Window, row: Row, settings: FitSettings, on_step: Callable[[], o
         label.permute(2, 1, 0).numpy(),
         {name: term.item() for name, term in terms.items()},
     )
+
+
+def _typical(gradient: Tensor) -> float:
+    """Root mean square of what is not zero."""
+    return gradient[gradient != 0].square().mean().sqrt().item()
 
 
 def _motion(settings: MotionSettings, boxes: MovingBoxes) -> StaticWorld:
