@@ -91,7 +91,7 @@ class Survey:
         gap_ms = topic_map.max_pose_gap_ms if topic_map else TopicMap.max_pose_gap_ms
         self.tree = self._transforms(round(gap_ms * 1e6))
         self.topic_map = topic_map or guess_topic_map(bag.topics.values(), self.tree.frames)
-        if topic_map is None and self.topic_map.lidar and LIDARSEG_FIELD in self._cloud_fields():
+        if topic_map is None and self.topic_map.lidar and LIDARSEG_FIELD in self.cloud_fields():
             self.topic_map = self.topic_map.with_label_field(LIDARSEG_FIELD)
 
     # What the mapping's topics say first
@@ -128,6 +128,10 @@ class Survey:
     def lidar_frame(self) -> str | None:
         """The clouds' frame; None without clouds."""
         return None if self._first_cloud is None else self._first_cloud.header.frame_id
+
+    def cloud_fields(self) -> list[str]:
+        """Names of the clouds' fields; none without clouds."""
+        return [] if self._first_cloud is None else field_names(self._first_cloud)
 
     def camera_path(self, channel: str) -> FramePath | None:
         """Base frame from the camera's optical frame; the calibration file's word goes before /tf_static."""
@@ -200,7 +204,7 @@ class Survey:
             return
         if self.lidar_path() is None:
             yield self._no_transform("the LiDAR", self.lidar_frame, "with the LiDAR's mount in it")
-        fields = self._cloud_fields()
+        fields = self.cloud_fields()
         for name in filter(None, (lidar.label_field, lidar.time_field)):
             if name not in fields:
                 yield f"the clouds on {lidar.topic} have no field '{name}'; they have {', '.join(fields)}: correct --map"
@@ -253,9 +257,6 @@ class Survey:
         matrix = tuple(camera.intrinsic.ravel().tolist())
         zeros = (0.0,) * 12
         return CameraModel(channel, camera.width_px, camera.height_px, "", (), matrix, zeros[:9], zeros)
-
-    def _cloud_fields(self) -> list[str]:
-        return [] if self._first_cloud is None else field_names(self._first_cloud)
 
     @cached_property
     def _first_cloud(self) -> object | None:

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -106,8 +107,10 @@ def convert(arguments: argparse.Namespace, console: Console, errors: Console) ->
     for summary in summaries:
         console.print(summary_table(summary))
         for reason, count in summary.left_out.most_common():
-            console.print(f"left out of {summary.name}: {count} moments: {reason}", soft_wrap=True)
-    console.print(f"{out}: {sum(len(s.scenes) for s in summaries)} scenes, {arguments.version}", soft_wrap=True)
+            console.print(f"left out of {summary.name}: {count} moments: {reason}", soft_wrap=True, markup=False)
+    console.print(
+        f"{out}: {sum(len(s.scenes) for s in summaries)} scenes, {arguments.version}", soft_wrap=True, markup=False
+    )
 
 
 def _add_drive(
@@ -138,7 +141,7 @@ def _add_drive(
 
 def _report_damage(bag: Bag, survey: Survey, errors: Console) -> None:
     for sentence in bag.damage:
-        errors.print(f"bag_to_nuscenes: {sentence}", soft_wrap=True)
+        errors.print(f"bag_to_nuscenes: {sentence}", soft_wrap=True, markup=False)
     for topic, count in survey.refused.items():
         errors.print(
             f"bag_to_nuscenes: {count} poses on {topic} are no poses (NaN or zero) and are ignored", soft_wrap=True
@@ -181,13 +184,13 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def summary_table(summary: DriveSummary) -> Table:
     """Scenes with keyframes and length; by sensor, files, how many are as recorded, and points that are no return."""
-    table = Table(title=summary.name, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=escape(summary.name), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("scene or sensor", no_wrap=True)
     for heading in ("keyframes", "seconds", "MB", "unchanged", "no return"):
         table.add_column(heading, justify="right")
     for name, keyframes in summary.scenes.items():
         seconds = (keyframes[-1].stamp_ns - keyframes[0].stamp_ns) / 1e9
-        table.add_row(name, str(len(keyframes)), f"{seconds:.1f}")
+        table.add_row(escape(name), str(len(keyframes)), f"{seconds:.1f}")
     table.add_section()
     for channel, files in sorted(summary.files.items()):
         megabytes = sum(file.size for file in files) / 1e6
@@ -211,10 +214,21 @@ def show(arguments: argparse.Namespace, console: Console) -> None:
             problems = [*bag.damage, *survey.problems()]
             console.print("Missing for a conversion:" if problems else "Nothing is missing for a conversion.")
             for problem in problems:
-                console.print(f"  - {problem}", soft_wrap=True)
+                console.print(f"  - {problem}", soft_wrap=True, markup=False)
+            if survey.cloud_fields() and not survey.topic_map.lidar.label_field:
+                console.print(
+                    f"No field of the clouds ({', '.join(survey.cloud_fields())}) is known to hold classes: name it in "
+                    "--map (lidar.label_field), or label images after the conversion.",
+                    soft_wrap=True,
+                    markup=False,
+                )
             if arguments.write_map:
                 _write_map(arguments.write_map, survey.topic_map)
-                console.print(f"The mapping is in {arguments.write_map}; edit it, then pass it with --map.")
+                console.print(
+                    f"The mapping is in {arguments.write_map}; edit it, then pass it with --map.",
+                    soft_wrap=True,
+                    markup=False,
+                )
                 return
 
 
@@ -231,7 +245,7 @@ def topic_table(bag: Bag, topic_map: TopicMap) -> Table:
     """Topic, type, messages, mean rate over the bag, and the role in a conversion."""
     seconds = (bag.end_ns - bag.start_ns) / 1e9
     roles = topic_roles(topic_map)
-    table = Table(title=f"{bag.path}, {seconds:.1f} s", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=escape(f"{bag.path}, {seconds:.1f} s"), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("topic", overflow="fold")
     table.add_column("type", overflow="fold")
     table.add_column("count", justify="right", no_wrap=True)

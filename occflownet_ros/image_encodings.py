@@ -55,7 +55,7 @@ def bgr_image(
     depth_bytes = 2 if encoding in _SIXTEEN_BIT else 1
     row_bytes = width_px * channels * depth_bytes
     data = np.frombuffer(data, dtype=np.uint8)
-    if step < row_bytes or data.size != step * height_px or not data.size:
+    if step < row_bytes or data.size != step * height_px or min(width_px, height_px) < 1:
         raise ImageError(
             f"a raw {encoding} image of {width_px} x {height_px} px with rows of {step} bytes holds {data.size} bytes, "
             f"expected {step * height_px} with rows of at least {row_bytes}; it was cut short or mislabelled"
@@ -64,4 +64,7 @@ def bgr_image(
     if depth_bytes == 2:
         pixels = pixels[:, 0 if is_bigendian else 1 :: 2]
     pixels = np.ascontiguousarray(pixels).reshape(height_px, width_px, channels)
-    return pixels if conversion is None else cv2.cvtColor(pixels, conversion)
+    try:
+        return pixels if conversion is None else cv2.cvtColor(pixels, conversion)
+    except cv2.error:  # patterns and pairs of pixels do not fit into the smallest sizes
+        raise ImageError(f"an image of {width_px} x {height_px} px is too small for encoding {encoding}") from None

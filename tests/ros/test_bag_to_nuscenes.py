@@ -301,6 +301,7 @@ def test_list_names_roles_and_what_is_missing(own_bag, tmp_path, capsys, monkeyp
     assert row["/odom"] == ["Odometry", "151", "50.0", "ego", "motion"]
     assert row["/tf_static"] == ["TFMessage", "1", "-", "transforms"]
     assert any("Nothing is missing" in line for line in lines)
+    assert any("(t, x, y, z, intensity, ring, class) is known to hold classes" in line for line in lines)
     written = load_topic_map(tmp_path / "topics.yaml")
     assert written.cameras["CAM_BACK"].image == "/rear/image_raw/compressed"
     assert written.lidar.topic == "/points"
