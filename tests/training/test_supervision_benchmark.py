@@ -99,11 +99,17 @@ def test_windows_of_a_data_set(tiny_root):
         2,
     }
     assert set(whole.seen_by(ROWS["single"]).rays.time_index.tolist()) == {0}
-    assert not whole.rays.returned.all() and whole.seen_by(ROWS["no_holes"]).rays.returned.all()
     truth = load_truth(index, 2, settings.grid)
     # The file's car fills x 110..119, y 90..94, z 2..4 of 200 cells; the grid starts at cell 50 of them.
     assert truth.labels.shape == (100, 100, 16) and (truth.labels[60:70, 40:45, 2:5] == CAR).all()
     assert (truth.labels != FREE).sum() == 10 * 5 * 3
+
+
+def test_rows_take_their_part_of_a_window():
+    hole = Rays.from_numpy([[0.0, 0, 1]], [[1.0, 0, 0]], [np.inf], [FREE], 1)
+    window = Window(Rays.cat([straight_rays(0.2, 0.4, 6.45, MANMADE, 2, count=5), hole]), car_that_moves(1.6))
+    assert [len(window.seen_by(ROWS[key]).rays) for key in ("flow", "no_holes", "horizon_1", "single")] == [6, 5, 1, 0]
+    assert [len(window.seen_by(ROWS[key]).boxes) for key in ("horizon_1", "single")] == [1, 0]
 
 
 def test_keyframes_without_enough_neighbours_are_refused(tiny_root):
