@@ -100,8 +100,8 @@ def test_windows_of_a_data_set(tiny_root):
     }
     assert set(whole.seen_by(ROWS["single"]).rays.time_index.tolist()) == {0}
     truth = load_truth(index, 2, settings.grid)
-    # The file's car fills x 110..119, y 90..94, z 2..4 of 200 cells; the grid starts at cell 50 of them.
-    assert truth.labels.shape == (100, 100, 16) and (truth.labels[60:70, 40:45, 2:5] == CAR).all()
+    # The file's car fills x 110..119, y 90..94, z 2..4 of 200 cells; the grid starts at cell 60 of them.
+    assert truth.labels.shape == (80, 80, 16) and (truth.labels[50:60, 30:35, 2:5] == CAR).all()
     assert (truth.labels != FREE).sum() == 10 * 5 * 3
 
 
