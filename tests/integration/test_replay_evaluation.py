@@ -16,10 +16,11 @@ import pytest
 from occflownet_ros.share import share_path
 
 pytest.importorskip("rclpy", reason="rclpy is not installed (extra 'ros')")
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 BUNDLE = share_path("demo", "bundle")
-PATIENT_S = 90.0
+# A busy machine draws in software and loads models slowly; on an idle one each test takes seconds.
+PATIENT_S = 240.0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -141,12 +142,14 @@ def browser():
     options.binary_location = chromium
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     for argument in (
-        *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1440,1100"),
+        *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,900"),
         *("--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--proxy-server=127.0.0.1:9"),  # no network
     ):
         options.add_argument(argument)
     session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    session.command_executor.client_config.timeout = 2 * PATIENT_S
     session.set_page_load_timeout(PATIENT_S)
+    session.set_script_timeout(PATIENT_S)
     yield session
     session.quit()
 
@@ -181,19 +184,21 @@ def test_the_page_opens_from_disk_and_shows_the_numbers_and_the_voxels(lockstep,
     assert shown(browser, "0/prediction") == str(int(surface[0].sum()))
     assert text(browser, "#miou") == f"{100 * report['scores']['camera_mask']['miou_17']:.1f} %"
     assert text(browser, "#rayiou") == f"{100 * report['scores']['rays']['ray_iou']:.1f} %"
-    assert text(browser, "#answered") == "3 / 3"
+    last = len(labels) - 1
+    assert text(browser, "#answered") == f"{last + 1} / {last + 1}"
 
     # The slider moves time: its input event, as a hand or an arrow key on it gives.
     browser.execute_script(
-        "const t = document.getElementById('time'); t.value = 2; t.dispatchEvent(new Event('input'))"
+        "const t = document.getElementById('time'); t.value = t.max; t.dispatchEvent(new Event('input'))"
     )
-    assert shown(browser, "2/prediction") == str(int(surface[2].sum()))
-    assert "3 of 3" in text(browser, "#time-text") and report["frames"][2]["token"] in text(browser, "#frame-facts")
+    assert shown(browser, f"{last}/prediction") == str(int(surface[last].sum()))
+    assert f"{last + 1} of {last + 1}" in text(browser, "#time-text")
+    assert report["frames"][last]["token"] in text(browser, "#frame-facts")
     press(browser, "ArrowLeft")
-    shown(browser, "1/prediction")
+    shown(browser, f"{last - 1}/prediction")
 
     # A class is hidden by its legend entry, and the rest stays.
-    classes, counts = np.unique(labels[1][surface[1]], return_counts=True)
+    classes, counts = np.unique(labels[last - 1][surface[last - 1]], return_counts=True)
     busiest = int(classes[counts.argmax()])
     assert text(browser, f'#legend [data-label="{busiest}"]').startswith(CLASS_NAMES[busiest].replace("_", " "))
     browser.execute_script("document.querySelector(arguments[0]).click()", f'#legend [data-label="{busiest}"]')
@@ -206,9 +211,9 @@ def test_the_page_opens_from_disk_and_shows_the_numbers_and_the_voxels(lockstep,
 
     # Difference and both sides.
     press(browser, "3")
-    shown(browser, "1/difference")
+    shown(browser, f"{last - 1}/difference")
     press(browser, "4")
-    assert len(shown(browser, "1/both").split()) == 2
+    assert len(shown(browser, f"{last - 1}/both").split()) == 2
 
     browser.save_screenshot(str(tmp_path / "page.png"))
     assert (labels[0] != FREE).any()
