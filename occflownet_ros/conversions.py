@@ -13,16 +13,15 @@ from nav_msgs.msg import OccupancyGrid, Odometry
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2, PointField
 from std_msgs.msg import Header, MultiArrayDimension, UInt8MultiArray
 
-from occflownet_core.errors import ImageError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import CLASS_NAMES, CLASSES, COLORS_RGB, FREE
 from occflownet_core.occupancy_frame import OccupancyFrame, surface_voxels
 from occflownet_core.preprocess import ImageTransform
 from occflownet_ros import cdr
 from occflownet_ros.calibration_source import Intrinsics
+from occflownet_ros.image_encodings import bgr_image, raw_pixels
 
-_CHANNELS = {"rgb8": 3, "bgr8": 3, "mono8": 1}
-_TO_RGB = {"bgr8": cv2.COLOR_BGR2RGB, "mono8": cv2.COLOR_GRAY2RGB}
+SMALLER_FIRST = {"rgb8": None, "bgr8": cv2.COLOR_BGR2RGB, "mono8": cv2.COLOR_GRAY2RGB}
 _BLOCKING = np.array([c.blocks_vehicle for c in CLASSES])
 _CLOUD_FIELDS = ("x", "y", "z", "rgb", "probability")
 _VELOCITY_FIELDS = ("vx", "vy", "vz")
@@ -53,25 +52,13 @@ def network_image(message: CompressedImage | Image, transform: ImageTransform) -
     """
     if isinstance(message, CompressedImage):
         return transform.jpeg(np.frombuffer(message.data, dtype=np.uint8))
-    small = transform.image(_pixels(message))
-    code = _TO_RGB.get(message.encoding)
-    return small if code is None else cv2.cvtColor(small, code)
-
-
-def _pixels(message: Image) -> np.ndarray:
-    """A view uint8 [height, width, channels] into a raw image message, row padding left out."""
-    channels = _CHANNELS.get(message.encoding)
-    if channels is None:
-        raise ImageError(f"raw images of encoding '{message.encoding}' are not supported; send {', '.join(_CHANNELS)}")
-    height, width, step = message.height, message.width, message.step
-    if step < width * channels or len(message.data) != step * height or not message.data:
-        raise ImageError(
-            f"a raw {message.encoding} image of {width} x {height} px with rows of {step} bytes holds "
-            f"{len(message.data)} bytes, expected {step * height} with rows of at least {width * channels}; "
-            "it was cut short or mislabelled"
-        )
-    rows = np.frombuffer(message.data, dtype=np.uint8).reshape(height, step)
-    return rows[:, : width * channels].reshape(height, width, channels)
+    encoding, size_px = message.encoding, (message.width, message.height)
+    if encoding in SMALLER_FIRST:
+        # Colour is converted after the image has become small.
+        small = transform.image(raw_pixels(message.data, encoding, *size_px, message.step))
+        return cv2.cvtColor(small, SMALLER_FIRST[encoding]) if SMALLER_FIRST[encoding] is not None else small
+    image = bgr_image(message.data, encoding, *size_px, message.step, bool(message.is_bigendian))
+    return cv2.cvtColor(transform.image(image), cv2.COLOR_BGR2RGB)
 
 
 def intrinsics_from_info(message: CameraInfo) -> Intrinsics:

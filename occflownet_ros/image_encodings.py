@@ -49,9 +49,27 @@ def bgr_image(
         ImageError: the encoding is not supported, or there are more or fewer bytes than rows ask for.
     """
     base = _SIXTEEN_BIT.get(encoding, encoding)
+    pixels = raw_pixels(data, encoding, width_px, height_px, step)
+    if encoding in _SIXTEEN_BIT:
+        pixels = pixels.reshape(height_px, width_px, -1, 2)[..., 0 if is_bigendian else 1]
+    conversion = _EIGHT_BIT[base][1]
+    pixels = np.ascontiguousarray(pixels)
+    try:
+        return pixels if conversion is None else cv2.cvtColor(pixels, conversion)
+    except cv2.error:  # patterns and pairs of pixels do not fit into the smallest sizes
+        raise ImageError(f"an image of {width_px} x {height_px} px is too small for encoding {encoding}") from None
+
+
+def raw_pixels(data: np.ndarray | bytes, encoding: str, width_px: int, height_px: int, step: int) -> np.ndarray:
+    """A view uint8 [height, width, bytes per pixel] into a message's bytes, row padding left out.
+
+    Raises:
+        ImageError: as ``bgr_image`` does.
+    """
+    base = _SIXTEEN_BIT.get(encoding, encoding)
     if base not in _EIGHT_BIT:
         raise ImageError(f"raw images of encoding '{encoding}' are not supported; send one of {', '.join(ENCODINGS)}")
-    channels, conversion = _EIGHT_BIT[base]
+    channels = _EIGHT_BIT[base][0]
     depth_bytes = 2 if encoding in _SIXTEEN_BIT else 1
     row_bytes = width_px * channels * depth_bytes
     data = np.frombuffer(data, dtype=np.uint8)
@@ -60,11 +78,4 @@ def bgr_image(
             f"a raw {encoding} image of {width_px} x {height_px} px with rows of {step} bytes holds {data.size} bytes, "
             f"expected {step * height_px} with rows of at least {row_bytes}; it was cut short or mislabelled"
         )
-    pixels = data.reshape(height_px, step)[:, :row_bytes]
-    if depth_bytes == 2:
-        pixels = pixels[:, 0 if is_bigendian else 1 :: 2]
-    pixels = np.ascontiguousarray(pixels).reshape(height_px, width_px, channels)
-    try:
-        return pixels if conversion is None else cv2.cvtColor(pixels, conversion)
-    except cv2.error:  # patterns and pairs of pixels do not fit into the smallest sizes
-        raise ImageError(f"an image of {width_px} x {height_px} px is too small for encoding {encoding}") from None
+    return data.reshape(height_px, step)[:, :row_bytes].reshape(height_px, width_px, channels * depth_bytes)

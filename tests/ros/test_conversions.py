@@ -190,10 +190,41 @@ def test_raw_images_lose_their_padding_and_become_rgb():
     assert np.array_equal(conversions.network_image(message, transform), np.repeat(grey[:, :, None], 3, axis=2))
 
 
+@pytest.mark.parametrize(("encoding", "is_bigendian"), [("bgr16", True), ("rgb16", False), ("rgba8", False)])
+def test_other_encodings_become_the_same_image(encoding, is_bigendian):
+    rgb = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    ordered = rgb[:, :, ::-1] if encoding.startswith("bgr") else rgb
+    if encoding == "rgba8":
+        raw = np.dstack([ordered, np.full((2, 4), 7, np.uint8)])
+    else:
+        raw = (ordered.astype(np.uint16) * 256 + 99).astype(">u2" if is_bigendian else "<u2")
+    data = array.array("B", raw.tobytes())
+    message = Image(height=2, width=4, encoding=encoding, step=len(data) // 2, is_bigendian=is_bigendian, data=data)
+    assert np.array_equal(conversions.network_image(message, ImageTransform.fit(4, 2, 4, 2)), rgb)
+
+
+@pytest.mark.parametrize(("pattern", "red"), [("rggb", (0, 0)), ("bggr", (1, 1)), ("gbrg", (1, 0)), ("grbg", (0, 1))])
+def test_bayer_patterns_are_named_by_their_first_two_rows(pattern, red):
+    """A sensor that sees only red: its red cells are bright, and the image's middle is red and nothing else."""
+    cells = np.zeros((8, 8), np.uint8)
+    cells[red[0] :: 2, red[1] :: 2] = 200
+    message = Image(height=8, width=8, encoding=f"bayer_{pattern}8", step=8, data=array.array("B", cells.tobytes()))
+    middle = conversions.network_image(message, ImageTransform.fit(8, 8, 8, 8))[2:6, 2:6]
+    assert (middle == (200, 0, 0)).all()
+
+
+def test_yuv_images_are_grey_where_their_colour_is_neutral():
+    uyvy = np.empty((2, 4, 2), np.uint8)
+    uyvy[..., 0], uyvy[..., 1] = 128, np.array([16, 235, 16, 235])  # video range: black, white
+    message = Image(height=2, width=4, encoding="yuv422", step=8, data=array.array("B", uyvy.tobytes()))
+    image = conversions.network_image(message, ImageTransform.fit(4, 2, 4, 2))
+    assert image[0].tolist() == [[0, 0, 0], [255, 255, 255]] * 2
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"encoding": "16UC1"}, "encoding '16UC1' are not supported; send rgb8, bgr8, mono8"),
+        ({"encoding": "16UC1"}, "encoding '16UC1' are not supported; send one of bgr8, "),
         ({"step": 11}, "rows of 11 bytes holds 24 bytes"),
         ({"data": array.array("B", bytes(23))}, "holds 23 bytes, expected 24"),
         ({"data": array.array("B")}, "holds 0 bytes"),
