@@ -4,10 +4,13 @@ the page opens from disk in a browser and shows both."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +166,13 @@ def shown(browser, expected: str) -> str:
     return browser.execute_script("return document.body.dataset.cubes")
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + PATIENT_S
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.1)
+
+
 def text(browser, selector: str) -> str:
     return browser.execute_script("return document.querySelector(arguments[0]).textContent", selector)
 
@@ -171,6 +181,15 @@ def press(browser, key: str) -> None:
     browser.execute_script(
         "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], bubbles: true}))", key
     )
+
+
+def took_screenshot(browser, path: Path) -> bool:
+    """The driver gives a page ten seconds to draw itself, which a busy machine may exceed."""
+    from selenium.common.exceptions import TimeoutException
+
+    with contextlib.suppress(TimeoutException):
+        return browser.save_screenshot(str(path))
+    return False
 
 
 def test_the_page_opens_from_disk_and_shows_the_numbers_and_the_voxels(lockstep, browser, tmp_path):
@@ -202,11 +221,8 @@ def test_the_page_opens_from_disk_and_shows_the_numbers_and_the_voxels(lockstep,
     busiest = int(classes[counts.argmax()])
     assert text(browser, f'#legend [data-label="{busiest}"]').startswith(CLASS_NAMES[busiest].replace("_", " "))
     browser.execute_script("document.querySelector(arguments[0]).click()", f'#legend [data-label="{busiest}"]')
-    until_s = time.monotonic() + PATIENT_S
     rest = str(int(counts.sum() - counts.max()))
-    while browser.execute_script("return document.body.dataset.cubes") != rest:
-        assert time.monotonic() < until_s
-        time.sleep(0.05)
+    wait_until(lambda: browser.execute_script("return document.body.dataset.cubes") == rest)
     browser.execute_script("document.querySelector(arguments[0]).click()", f'#legend [data-label="{busiest}"]')
 
     # Difference and both sides.
@@ -215,7 +231,7 @@ def test_the_page_opens_from_disk_and_shows_the_numbers_and_the_voxels(lockstep,
     press(browser, "4")
     assert len(shown(browser, f"{last - 1}/both").split()) == 2
 
-    browser.save_screenshot(str(tmp_path / "page.png"))
+    wait_until(lambda: took_screenshot(browser, tmp_path / "page.png"))
     assert (labels[0] != FREE).any()
     errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not errors
@@ -236,13 +252,13 @@ def test_the_page_draws_what_the_numbers_say(lockstep, browser):
     road = COLORS_RGB[label_of("driveable_surface")].astype(int)
 
     def road_pixels() -> int:
-        time.sleep(2)  # a drawing under way
-        png = browser.find_element("id", "voxels").screenshot_as_png
-        pixels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)[..., ::-1].astype(int)
+        image = browser.execute_script("return document.getElementById('voxels').toDataURL('image/png')")
+        png = np.frombuffer(base64.b64decode(image.partition(",")[2]), np.uint8)
+        pixels = cv2.imdecode(png, cv2.IMREAD_COLOR)[..., ::-1].astype(int)
         return int((np.abs(pixels - road).max(axis=-1) < 25).sum())
 
-    assert road_pixels() > 3000
+    wait_until(lambda: road_pixels() > 3000)
     browser.execute_script(
         "document.querySelector(arguments[0]).click()", f'#legend [data-label="{label_of("driveable_surface")}"]'
     )
-    assert road_pixels() < 100
+    wait_until(lambda: road_pixels() < 100)
