@@ -101,6 +101,7 @@ class OccupancyData(pl.LightningDataModule):
             raise DatasetError("data.dataroot is not given; say --data.dataroot DIR, a data set in the nuScenes format")
         settings = {
             "horizon": data.horizon if supervision.renders else 0,
+            "beyond_is_free": data.beyond_is_free,
             "boxes": supervision.renders
             and (config.motion.kind == "box_flow" or config.losses.box_velocity_weight > 0),
             "depth": config.losses.depth_weight > 0 or config.losses.image_semantic_weight > 0,

@@ -52,6 +52,7 @@ class DataSettings:
         horizon: rays come from this many keyframes before and after the current one (temporal rendering).
         no_return_rays: whether directions without an echo are rays too: free to the grid's edge. (Sky in pseudo-label
             images always is.)
+        beyond_is_free: whether returns outside the grid are such rays too, rather than being dropped.
         memory_probability: how often a training sample comes with its previous keyframe as memory.
         augment: whether to augment training samples at all.
         augmentation: how strongly.
@@ -67,6 +68,7 @@ class DataSettings:
     pseudo: PseudoLabelSettings = field(default_factory=PseudoLabelSettings)
     horizon: int = 3
     no_return_rays: bool = False
+    beyond_is_free: bool = False
     memory_probability: float = 0.9
     augment: bool = True
     augmentation: Augmentation = field(default_factory=Augmentation)

@@ -96,6 +96,23 @@ def test_rays_equal_a_loop_over_points(index):
     assert fast[order_fast] == pytest.approx(slow[order_slow], abs=2e-4)
 
 
+def test_returns_beyond_the_box_say_that_the_way_there_is_free(index):
+    """From 1 m above the ground: 10 m ahead, 50 m ahead, 20 m up, 50 m ahead of unknown class, 10 m of unknown class."""
+    ahead, up = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
+    direction = np.array([ahead, ahead, up, ahead, ahead], dtype=np.float32)
+    range_m = np.array([10, 50, 20, 50, 10], dtype=np.float32)
+    label = np.array([4, 15, 16, UNLABELLED, UNLABELLED], dtype=np.uint8)
+    origin_m = np.array([[0, 0, 1], [0, 0, 2]], dtype=np.float32)
+    pixel = np.zeros((5, 2), dtype=np.float32)
+    frame = FrameRays(origin_m, np.zeros(5, dtype=np.int64), direction, range_m, label, pixel, range_m)
+    as_published = temporal_rays({0: (index[0], frame)}, LIMITS)
+    assert (as_published.range_m.tolist(), as_published.label.tolist()) == ([10], [4])
+    rays = temporal_rays({0: (index[0], frame)}, RayLimits(OCC3D_GRID, beyond_is_free=True))
+    assert rays.range_m.tolist() == [10, np.inf, np.inf, np.inf]
+    assert rays.label.tolist() == [4, FREE, FREE, FREE]
+    assert rays.direction[2].tolist() == pytest.approx(up) and rays.axis_cosine.tolist() == [1, 1, 1, 1]
+
+
 def test_pixels_equal_the_devkits(index):
     assert_pixels_equal_the_devkits(index, index[1])
 

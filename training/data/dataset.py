@@ -43,6 +43,7 @@ class NuScenesOccupancy(Dataset):
         rays: source of 2D supervision, or None for none.
         horizon: keyframes before and after the current one whose rays and boxes count.
         max_rays: rays per sample; more are thinned out at random.
+        beyond_is_free: see ``RayLimits``.
         boxes: whether to give the motion of annotated objects.
         depth: whether to give depth images, from the current keyframe's rays.
         occupancy: whether 3D labels must be there, may be there, or are left out.
@@ -67,6 +68,7 @@ class NuScenesOccupancy(Dataset):
         rays: RaySource | None = None,
         horizon: int = 3,
         max_rays: int | None = None,
+        beyond_is_free: bool = False,
         boxes: bool = False,
         depth: bool = False,
         occupancy: Literal["required", "present", "none"] = "none",
@@ -87,7 +89,12 @@ class NuScenesOccupancy(Dataset):
             raise DatasetError(f"occupancy is '{occupancy}'; choose required, present or none")
         self.index, self.lift, self.grid = index, lift, grid
         self.image_width_px, self.image_height_px = image_width_px, image_height_px
-        self.source, self.horizon, self.limits, self.max_rays = rays, horizon, RayLimits(grid), max_rays
+        self.source, self.horizon, self.limits, self.max_rays = (
+            rays,
+            horizon,
+            RayLimits(grid, beyond_is_free=beyond_is_free),
+            max_rays,
+        )
         self.boxes, self.depth, self.occupancy = boxes, depth, occupancy
         self.window, self.supervised = window, supervised
         self.augmentation, self.at_reference, self.seed = augmentation, at_reference, seed

@@ -224,11 +224,19 @@ class RayLimits:
     Attributes:
         grid: returns must lie inside its box, and rays without return must start in it.
         near_m, far_m: least and greatest range of a return.
+        beyond_is_free: a return outside the box is a ray without return inside it: everything up to the box's edge was
+            passed. Otherwise such rays are dropped, as published, and little is known about the box's borders.
     """
 
     grid: VoxelGrid
     near_m: float = 0.05
     far_m: float = 39.0
+    beyond_is_free: bool = False
+
+    def holds(self, points_m: np.ndarray) -> np.ndarray:
+        """True [N] for points [N, 3] inside the box."""
+        lower, upper = np.float32(self.grid.lower_m), np.float32(self.grid.upper_m)
+        return ((points_m >= lower) & (points_m < upper)).all(axis=1)
 
 
 def temporal_rays(
@@ -270,21 +278,24 @@ def _moved(rays: FrameRays, current_from_frame: np.ndarray, offset: int, limits:
     sensor_origin_m = poses.transform_points(current_from_frame, rays.sensor_origin_m).astype(np.float32)
     direction = rays.direction @ rotation
     origin_m = sensor_origin_m[rays.camera_index]
-    returned = np.isfinite(rays.range_m)
+    range_m, label, returned = rays.range_m, rays.label, np.isfinite(rays.range_m)
+    inside = limits.holds(origin_m + direction * np.where(returned, range_m, 0)[:, None])
+    kept = returned & inside & (label != UNLABELLED) & (range_m >= limits.near_m) & (range_m <= limits.far_m)
     # A ray without return must at least begin in the box to say something about it.
-    probe_m = origin_m + direction * np.where(returned, rays.range_m, 0)[:, None]
-    lower, upper = np.float32(limits.grid.lower_m), np.float32(limits.grid.upper_m)
-    kept = ((probe_m >= lower) & (probe_m < upper)).all(axis=1) & (rays.label != UNLABELLED)
-    kept &= ~returned | ((rays.range_m >= limits.near_m) & (rays.range_m <= limits.far_m))
+    kept |= ~returned & inside
+    if limits.beyond_is_free:
+        passes = returned & ~inside & limits.holds(origin_m)
+        range_m, label = np.where(passes, np.float32(np.inf), range_m), np.where(passes, np.uint8(FREE), label)
+        kept |= passes
     kept = np.flatnonzero(kept)
-    range_m = rays.range_m[kept]
+    range_m = range_m[kept]
     with np.errstate(invalid="ignore"):
-        axis_cosine = rays.depth_m[kept] / range_m
+        axis_cosine = np.where(np.isfinite(range_m), rays.depth_m[kept] / range_m, np.nan)
     return (
         origin_m[kept],
         direction[kept],
         range_m,
-        rays.label[kept],
+        label[kept],
         np.full(len(kept), offset),
         rays.camera_index[kept],
         np.nan_to_num(axis_cosine, nan=1.0),
