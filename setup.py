@@ -65,6 +65,7 @@ test = [
     "hypothesis>=6.100",
     "mcap>=1.1",
     "psutil>=5.9",
+    "selenium>=4",
 ]
 
 setup(

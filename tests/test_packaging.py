@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-EXECUTABLES = ("occflownet_node", "nuscenes_to_bag", "bag_player", "demo")
+EXECUTABLES = ("occflownet_node", "nuscenes_to_bag", "bag_to_nuscenes", "bag_player", "replay_evaluation", "demo")
 
 
 def tracked_files():
