@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 
 import psutil
 import pytest
-from ros_processes import ROOT, Vehicle, ring_rig, ros_environment
+from ros_launch import launch_command, skip_unless_built
+from ros_processes import Vehicle, ring_rig, ros_environment
 
 from occflownet_core.rig_file import save_rig
 from occflownet_ros.lifecycle_client import ACTIVE, wait_for_state
@@ -21,32 +21,14 @@ from occflownet_ros.lifecycle_client import ACTIVE, wait_for_state
 pytest.importorskip("launch_ros", reason="launch_ros comes with a ROS installation and is not installed here")
 pytestmark = pytest.mark.integration
 
-LAUNCH = """
-import sys
-from launch import LaunchDescription, LaunchService
-from launch.actions import IncludeLaunchDescription
-from launch.launch_description_sources import PythonLaunchDescriptionSource
-service = LaunchService()
-source = PythonLaunchDescriptionSource(sys.argv[1])
-arguments = [tuple(argument.split(":=", 1)) for argument in sys.argv[2:]]
-service.include_launch_description(LaunchDescription([IncludeLaunchDescription(source, launch_arguments=arguments)]))
-sys.exit(service.run())
-"""
-
 
 @pytest.fixture(autouse=True)
 def _is_built():
-    from ament_index_python.packages import PackageNotFoundError, get_package_prefix
-
-    try:
-        get_package_prefix("occflownet_ros")
-    except PackageNotFoundError:
-        pytest.skip("the package is not built with colcon here, so launch cannot find its node")
+    skip_unless_built()
 
 
 def launch(log, **arguments) -> subprocess.Popen:
-    command = [sys.executable, "-c", LAUNCH, str(ROOT / "launch" / "occ.launch.py")]
-    command += [f"{name}:={value}" for name, value in arguments.items()]
+    command = launch_command("occ.launch.py", **arguments)
     with log.open("w") as output:
         return subprocess.Popen(command, env=ros_environment(), stdout=output, stderr=subprocess.STDOUT)
 

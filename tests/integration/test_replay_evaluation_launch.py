@@ -8,41 +8,23 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
-from ros_processes import ROOT, ros_environment
+from ros_launch import launch_command, skip_unless_built
+from ros_processes import ros_environment
 
 pytest.importorskip("launch_ros", reason="launch_ros comes with a ROS installation and is not installed here")
 pytestmark = pytest.mark.integration
 
-LAUNCH = """
-import sys
-from launch import LaunchDescription, LaunchService
-from launch.actions import IncludeLaunchDescription
-from launch.launch_description_sources import PythonLaunchDescriptionSource
-service = LaunchService()
-source = PythonLaunchDescriptionSource(sys.argv[1])
-arguments = [tuple(argument.split(":=", 1)) for argument in sys.argv[2:]]
-service.include_launch_description(LaunchDescription([IncludeLaunchDescription(source, launch_arguments=arguments)]))
-sys.exit(service.run())
-"""
-
 
 @pytest.fixture(autouse=True)
 def _is_built():
-    from ament_index_python.packages import PackageNotFoundError, get_package_prefix
-
-    try:
-        get_package_prefix("occflownet_ros")
-    except PackageNotFoundError:
-        pytest.skip("the package is not built with colcon here, so launch cannot find its executables")
+    skip_unless_built()
 
 
 def launch(**arguments) -> str:
     """Run the launch file to its end; what was printed."""
-    command = [sys.executable, "-c", LAUNCH, str(ROOT / "launch" / "replay.launch.py")]
-    command += [f"{name}:={value}" for name, value in arguments.items()]
+    command = launch_command("replay.launch.py", **arguments)
     environment = ros_environment()
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     return run.stdout + run.stderr
