@@ -91,9 +91,13 @@ class ImageTransform:
         Raises:
             ImageError: the data is no decodable image, is cut short, or has another size than this transform's source.
         """
+        return cv2.cvtColor(self._resize_and_crop(self.reduced(data)), cv2.COLOR_BGR2RGB)
+
+    def reduced(self, data: bytes | np.ndarray) -> np.ndarray:
+        """uint8 BGR of 1/``decoding_factor`` of the source's size (rounded up), from an encoded image. Raises as ``jpeg``."""
         data = np.frombuffer(data, dtype=np.uint8)
         require_complete_jpeg(data)
-        factor = self._decoding_factor()
+        factor = self.decoding_factor
         decoded = cv2.imdecode(data, _REDUCED_DECODING[factor]) if data.size else None
         if decoded is None:
             raise ImageError(f"{data.size} bytes do not decode as an image; send JPEG or PNG")
@@ -101,9 +105,11 @@ class ImageTransform:
         if decoded.shape[:2] != expected:
             full = cv2.imdecode(data, cv2.IMREAD_COLOR)
             self._require_source(full.shape[1], full.shape[0], "the image")
-        return cv2.cvtColor(self._resize_and_crop(decoded), cv2.COLOR_BGR2RGB)
+        return decoded
 
-    def _decoding_factor(self) -> int:
+    @property
+    def decoding_factor(self) -> int:
+        """1, 2, 4 or 8: how much smaller an image may be decoded without being smaller than the resized one."""
         fits = [
             f
             for f in _REDUCED_DECODING

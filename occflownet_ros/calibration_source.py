@@ -10,6 +10,7 @@ import numpy as np
 
 from occflownet_core.camera import Camera, CameraRig
 from occflownet_core.errors import CalibrationError, OccflownetError
+from occflownet_ros.camera_model import CameraModel
 
 ExtrinsicLookup = Callable[[str], "np.ndarray | None"]
 """``base_from_frame`` [4, 4] of an optical frame's name, None while it is unknown."""
@@ -23,12 +24,14 @@ class Intrinsics:
         frame_id: the camera's optical frame.
         width_px, height_px: image size.
         matrix: row-major 3 x 3, pixels.
+        model: the camera behind it, where its images are yet to be rectified.
     """
 
     frame_id: str
     width_px: int
     height_px: int
     matrix: tuple[float, ...]
+    model: CameraModel | None = None
 
     def array(self) -> np.ndarray:
         """[3, 3] float64."""
@@ -82,6 +85,7 @@ class CalibrationSource:
     Attributes:
         rig: the vehicle's cameras under the network's names, None while something is missing or wrong.
         problem: one sentence about what is missing or wrong; empty while there is a rig.
+        models: what to rectify each camera's images with, as the rig asks; None where they are rectified already.
         changes: how often a new rig was made.
     """
 
@@ -95,6 +99,7 @@ class CalibrationSource:
         use_file_intrinsics: bool,
     ) -> None:
         self.rig: CameraRig | None = None
+        self.models: tuple[CameraModel | None, ...] = (None,) * len(names)
         self.problem = ""
         self.changes = 0
         self._names = tuple(names)
@@ -119,14 +124,14 @@ class CalibrationSource:
 
     def refresh(self) -> bool:
         """Try to put the rig together again (after extrinsics arrived); True if it changed."""
-        before = self.rig
+        before, models_before = self.rig, self.models
         try:
-            self.rig = self._build()
+            self.rig, self.models = self._build(), self._models()
             self.problem = ""
         except OccflownetError as error:
             self.rig = None
             self.problem = str(error)
-        changed = self.rig != before
+        changed = self.rig != before or self.models != models_before
         if not changed:
             self.rig = before
         self.changes += changed and self.rig is not None
@@ -150,7 +155,20 @@ class CalibrationSource:
             )
         )
 
+    def _models(self) -> tuple[CameraModel | None, ...]:
+        models = tuple(i.model if i.model is not None and i.model.changes_images else None for i in self._intrinsics)
+        for model in models:
+            if model is not None:
+                model.require_known_distortion()
+        return models
+
     def _extrinsic(self, camera: int) -> np.ndarray | None:
         if self._file_cameras is not None:
             return self._file_cameras[camera].ego_from_camera
-        return self._lookup(self._intrinsics[camera].frame_id) if self._lookup else None
+        extrinsic = self._lookup(self._intrinsics[camera].frame_id) if self._lookup else None
+        model = self._intrinsics[camera].model
+        if extrinsic is None or model is None:
+            return extrinsic
+        rectified = extrinsic.copy()
+        rectified[:3, :3] = extrinsic[:3, :3] @ model.rectified_from_camera.T
+        return rectified

@@ -14,7 +14,7 @@ from PIL import UnidentifiedImageError
 
 from occflownet_core.errors import CalibrationError, ImageError
 from occflownet_core.poses import RecordedPose
-from occflownet_core.preprocess import require_complete_jpeg
+from occflownet_core.preprocess import ImageTransform, require_complete_jpeg
 from occflownet_ros.image_encodings import bgr_image
 from occflownet_ros.transform_tree import recorded
 
@@ -98,7 +98,30 @@ class CameraModel:
 
     @cached_property
     def maps(self) -> tuple[np.ndarray, np.ndarray]:
-        """For ``cv2.remap``: where each rectified pixel is in the sensor's image.
+        """For ``cv2.remap``: where each rectified pixel is in the sensor's image. Raises as ``require_known_distortion``."""
+        return self._maps(self.intrinsic, self.width_px, self.height_px)
+
+    def network_maps(self, transform: ImageTransform) -> tuple[np.ndarray, np.ndarray]:
+        """For ``cv2.remap``: where each pixel of the network's image is in the sensor's, reduced by ``decoding_factor``.
+
+        Rectifying, resizing and cropping in one lookup. Raises as ``require_known_distortion``.
+        """
+        scale_x = transform.resized_width_px / transform.source_width_px
+        scale_y = transform.resized_height_px / transform.source_height_px
+        # OpenCV counts from the middle of the first pixel, sizes from its edge: hence the halves.
+        network_from_rectified = np.array(
+            [
+                [scale_x, 0, 0.5 * scale_x - 0.5 - transform.left_px],
+                [0, scale_y, 0.5 * scale_y - 0.5 - transform.top_px],
+                [0, 0, 1],
+            ]
+        )
+        x, y = self._maps(network_from_rectified @ self.intrinsic, transform.width_px, transform.height_px)
+        factor = transform.decoding_factor
+        return cv2.convertMaps((x + 0.5) / factor - 0.5, (y + 0.5) / factor - 0.5, cv2.CV_16SC2)
+
+    def require_known_distortion(self) -> None:
+        """Check that images can be rectified.
 
         Raises:
             CalibrationError: the distortion model is not known, or has another number of coefficients.
@@ -110,6 +133,9 @@ class CameraModel:
                 f"the camera_info of {self.frame_id} has distortion model '{self.distortion_model}' with "
                 f"{len(self.distortion)} coefficients; known are {known}: rectify the images before recording"
             )
+
+    def _maps(self, intrinsic: np.ndarray, width_px: int, height_px: int) -> tuple[np.ndarray, np.ndarray]:
+        self.require_known_distortion()
         make = cv2.fisheye.initUndistortRectifyMap
         if self.distortion_model not in _FISHEYE_MODELS:
             make = cv2.initUndistortRectifyMap
@@ -117,8 +143,8 @@ class CameraModel:
             np.array(self.matrix).reshape(3, 3),
             np.array(self.distortion or (0.0,) * 4),
             self.rectified_from_camera,
-            self.intrinsic,
-            (self.width_px, self.height_px),
+            intrinsic,
+            (width_px, height_px),
             cv2.CV_32FC1,
         )
 

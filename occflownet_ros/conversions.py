@@ -13,12 +13,14 @@ from nav_msgs.msg import OccupancyGrid, Odometry
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2, PointField
 from std_msgs.msg import Header, MultiArrayDimension, UInt8MultiArray
 
+from occflownet_core.errors import ImageError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import CLASS_NAMES, CLASSES, COLORS_RGB, FREE
 from occflownet_core.occupancy_frame import OccupancyFrame, surface_voxels
 from occflownet_core.preprocess import ImageTransform
 from occflownet_ros import cdr
 from occflownet_ros.calibration_source import Intrinsics
+from occflownet_ros.camera_model import CameraModel
 from occflownet_ros.image_encodings import bgr_image, raw_pixels
 
 SMALLER_FIRST = {"rgb8": None, "bgr8": cv2.COLOR_BGR2RGB, "mono8": cv2.COLOR_GRAY2RGB}
@@ -43,13 +45,27 @@ def header_message(frame: OccupancyFrame) -> Header:
     return Header(stamp=time_message(frame.stamp_ns), frame_id=frame.frame_id)
 
 
-def network_image(message: CompressedImage | Image, transform: ImageTransform) -> np.ndarray:
+RemapTables = tuple[np.ndarray, np.ndarray]
+
+
+def network_image(
+    message: CompressedImage | Image, transform: ImageTransform, rectification: RemapTables | None = None
+) -> np.ndarray:
     """The network's view, uint8 RGB [height, width, 3], of an image message.
+
+    Args:
+        message: a compressed or a raw image.
+        transform: from the camera's image to the network's.
+        rectification: ``CameraModel.network_maps(transform)`` where the image is as the sensor saw it.
 
     Raises:
         ImageError: the image cannot be decoded, is cut short, is of another size than announced, or of an encoding
             that is not supported.
     """
+    if rectification is not None:
+        return cv2.cvtColor(
+            cv2.remap(_reduced(message, transform), *rectification, cv2.INTER_LINEAR), cv2.COLOR_BGR2RGB
+        )
     if isinstance(message, CompressedImage):
         return transform.jpeg(np.frombuffer(message.data, dtype=np.uint8))
     encoding, size_px = message.encoding, (message.width, message.height)
@@ -61,11 +77,36 @@ def network_image(message: CompressedImage | Image, transform: ImageTransform) -
     return cv2.cvtColor(transform.image(image), cv2.COLOR_BGR2RGB)
 
 
-def intrinsics_from_info(message: CameraInfo) -> Intrinsics:
-    """The rectified image's intrinsics: P where it is filled in, else K (they agree for an undistorted camera)."""
+def _reduced(message: CompressedImage | Image, transform: ImageTransform) -> np.ndarray:
+    """uint8 BGR, smaller by the transform's ``decoding_factor``."""
+    if isinstance(message, CompressedImage):
+        return transform.reduced(np.frombuffer(message.data, dtype=np.uint8))
+    size_px, factor = (message.width, message.height), transform.decoding_factor
+    if size_px != (transform.source_width_px, transform.source_height_px):
+        raise ImageError(
+            f"the image is {size_px[0]} x {size_px[1]} but {transform.source_width_px} x {transform.source_height_px} was "
+            "announced; make camera_info and images agree"
+        )
+    image = bgr_image(message.data, message.encoding, *size_px, message.step, bool(message.is_bigendian))
+    if factor == 1:
+        return image
+    return cv2.resize(image, tuple(-(-length // factor) for length in size_px), interpolation=cv2.INTER_AREA)
+
+
+def intrinsics_from_info(message: CameraInfo, rectify: bool = False) -> Intrinsics:
+    """The rectified image's intrinsics: P where it is filled in, else K (they agree for an undistorted camera).
+
+    Args:
+        message: of the camera.
+        rectify: whether its images are as the sensor saw them and must be rectified.
+
+    Raises:
+        CalibrationError: they must, and it is for binned images or a part of the sensor.
+    """
     projection = np.array(message.p, dtype=np.float64).reshape(3, 4)[:, :3]
     matrix = projection if projection.any() else np.array(message.k, dtype=np.float64).reshape(3, 3)
-    return Intrinsics(message.header.frame_id, message.width, message.height, tuple(matrix.ravel().tolist()))
+    model = CameraModel.from_message(message) if rectify else None
+    return Intrinsics(message.header.frame_id, message.width, message.height, tuple(matrix.ravel().tolist()), model)
 
 
 def pose_from_odometry(message: Odometry) -> tuple[np.ndarray, np.ndarray]:

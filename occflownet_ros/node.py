@@ -46,6 +46,12 @@ _SUCCESS, _FAILURE, _ERROR = (
 )
 _DIAGNOSTICS_PERIOD_S = 1.0
 _ODOMETRY_DEPTH = 50
+_IMAGE_TOPICS = {  # below a camera's namespace, by image_transport and rectify; named as image_proc names them
+    ("compressed", False): "image_rect_compressed",
+    ("raw", False): "image_rect",
+    ("compressed", True): "image_raw/compressed",
+    ("raw", True): "image_raw",
+}
 _CDR_STAMP_END = 12  # encapsulation header, then the header's stamp
 
 
@@ -113,7 +119,7 @@ class OccflownetNode(LifecycleNode):
         anchor = anchor_index(self._bundle.cameras, self._settings.anchor_camera)
         clock_s = self._bag_time_s if self.get_parameter("use_sim_time").value else time.monotonic
         self._pipeline = Pipeline(self._engine, self._settings, anchor, self._outputs, self._complain, clock_s)
-        self._pipeline.set_rig(self._calibration.rig)
+        self._pipeline.set_rig(self._calibration.rig, self._calibration.models)
         self._pipeline.start()
         self._subscribe()
         self._activated_s = self._reported_s = time.monotonic()
@@ -153,7 +159,12 @@ class OccflownetNode(LifecycleNode):
         if content == self._info_content[camera]:
             return
         self._info_content[camera] = content
-        intrinsics = conversions.intrinsics_from_info(deserialize_message(serialised, CameraInfo))
+        try:
+            message = deserialize_message(serialised, CameraInfo)
+            intrinsics = conversions.intrinsics_from_info(message, self._settings.rectify)
+        except CalibrationError as error:
+            self._complain(f"camera_info {camera}", str(error))
+            return
         if self._calibration.set_intrinsics(camera, intrinsics):
             self._calibration_changed()
 
@@ -162,7 +173,7 @@ class OccflownetNode(LifecycleNode):
             self._calibration_changed()
 
     def _calibration_changed(self) -> None:
-        self._pipeline.set_rig(self._calibration.rig)
+        self._pipeline.set_rig(self._calibration.rig, self._calibration.models)
         if self._calibration.rig is not None:
             self.get_logger().info("calibration complete" if self._calibration.changes == 1 else "calibration changed")
 
@@ -185,11 +196,8 @@ class OccflownetNode(LifecycleNode):
 
     def _subscribe(self) -> None:
         settings = self._settings
-        image_type, suffix = (
-            (CompressedImage, "image_rect_compressed")
-            if settings.image_transport == "compressed"
-            else (Image, "image_rect")
-        )
+        image_type = CompressedImage if settings.image_transport == "compressed" else Image
+        suffix = _IMAGE_TOPICS[settings.image_transport, settings.rectify]
         reliability = ReliabilityPolicy[settings.image_reliability.upper()]
         image_qos = QoSProfile(depth=settings.image_depth, reliability=reliability)
         # Best effort matches any publisher; what is lost here is sent again with the next message.

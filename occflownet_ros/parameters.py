@@ -51,7 +51,14 @@ class Settings:
         "", "Camera (name in the bundle) whose image opens a set and gives its stamp; empty means the bundle's first."
     )
     image_transport: str = _parameter(
-        "compressed", "Subscribe to image_rect_compressed or to image_rect.", choices=("compressed", "raw")
+        "compressed",
+        "Subscribe to compressed or to raw images: image_rect_compressed or image_rect (see rectify).",
+        choices=("compressed", "raw"),
+    )
+    rectify: bool = _parameter(
+        False,
+        "Images are as the sensor saw them (image_raw, image_raw/compressed): take out the distortion that camera_info "
+        "describes. Otherwise they are taken as rectified.",
     )
     image_reliability: str = _parameter(
         "best_effort", "QoS reliability of the image subscriptions.", choices=("best_effort", "reliable")
@@ -174,6 +181,11 @@ class Settings:
                 f"costmap_min_height_m is {self.costmap_min_height_m:g} and costmap_max_height_m "
                 f"{self.costmap_max_height_m:g}; the first must be lower"
             )
+        if self.rectify and self.intrinsics_source == "calibration_file":
+            raise ParameterError(
+                "rectify needs the distortion of camera_info, and intrinsics_source is calibration_file; "
+                "use camera_info, or send rectified images"
+            )
         if self.intrinsics_source == "calibration_file" and not self.calibration_file:
             raise ParameterError("intrinsics_source is calibration_file, but calibration_file is empty; name a file")
 
@@ -215,11 +227,14 @@ def table_markdown() -> str:
     lines = ["| parameter | default | limits | unit | while running | what it does |", "|---|---|---|---|---|---|"]
     for row in fields(Settings):
         default = row.metadata["default"]
-        shown = ("[]" if default == () else str(default)) if default != "" else '""'
+        shown = str(default).lower() if isinstance(default, bool) else _SHOWN.get(str(default), str(default))
         live = "changes" if row.metadata["live"] else "fixed"
         cells = (f"`{row.name}`", f"`{shown}`", _limits(row), row.metadata["unit"], live, row.metadata["text"])
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+_SHOWN = {"()": "[]", "": '""'}
 
 
 def _limits(row) -> str:
@@ -227,6 +242,8 @@ def _limits(row) -> str:
         return ", ".join(row.metadata["choices"])
     if row.metadata["low"] is not None:
         return f"{row.metadata['low']:g} to {row.metadata['high']:g}"
+    if isinstance(row.metadata["default"], bool):
+        return "true, false"
     return "strings" if isinstance(row.metadata["default"], tuple) else "string"
 
 
@@ -239,6 +256,10 @@ def _checked(row, value: object) -> object:
             raise ParameterError(f"{row.name} is {value!r}; give a string")
         if choices and value not in choices:
             raise ParameterError(f"{row.name} is '{value}'; choose {' or '.join(choices)}")
+        return value
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ParameterError(f"{row.name} is {value!r}; give true or false")
         return value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or (isinstance(default, int) and value != int(value)):

@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -18,8 +18,10 @@ import numpy as np
 from occflownet_core.camera import Camera, CameraRig
 from occflownet_core.errors import ImageError, OccflownetError
 from occflownet_core.occupancy_frame import OccupancyFrame
+from occflownet_core.preprocess import ImageTransform
 from occflownet_core.runtime.engine import Engine
 from occflownet_ros import conversions
+from occflownet_ros.camera_model import CameraModel
 from occflownet_ros.diagnostics import Complaints, LatencyWindow
 from occflownet_ros.ego_motion import EgoMotion, PoseBuffer
 from occflownet_ros.frame_assembler import DROP, FrameAssembler, ImageSet
@@ -38,13 +40,26 @@ class _Arrival:
     Attributes:
         message: as received.
         arrived_s: monotonic clock.
-        decoded: result of decoding for ``camera``'s size, once begun.
+        decoded: result of decoding for ``view``, once begun.
     """
 
     message: object
     arrived_s: float
-    camera: Camera | None = None
+    view: _View | None = None
     decoded: Future | None = None
+
+
+@dataclass(frozen=True)
+class _View:
+    """How one camera's images become the network's.
+
+    Attributes:
+        size_px: width and height that its calibration says.
+        model: what to rectify them with, None where they are rectified.
+    """
+
+    size_px: tuple[int, int]
+    model: CameraModel | None
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,8 @@ class Pipeline:
         self._poses = PoseBuffer(settings.odom_max_gap_ms)
         self._ego_motion = EgoMotion(settings.memory_max_gap_s, settings.max_speed_mps, settings.max_yaw_rate_rps)
         self._rig: CameraRig | None = None
+        self._models: tuple[CameraModel | None, ...] = (None,) * len(self._cameras)
+        self._rectifications: dict[_View, conversions.RemapTables] = {}
         self._engine_rig: CameraRig | None = None
         self._calibration_problem = ""
         self._undecodable = [Counter() for _ in self._cameras]
@@ -129,7 +146,7 @@ class Pipeline:
         with self._changed:
             self._last_image_s[camera] = arrival.arrived_s
             if self._rig is not None and self._may_be_used(arrival.arrived_s):
-                self._begin_decoding(camera, arrival, self._rig[camera])
+                self._begin_decoding(camera, arrival, self._rig[camera], self._models[camera])
             self._assembler.add(camera, stamp_ns, arrival)
             self._changed.notify()
 
@@ -143,10 +160,18 @@ class Pipeline:
             self._poses.add(stamp_ns, position_m, quaternion_wxyz)
             self._changed.notify()
 
-    def set_rig(self, rig: CameraRig | None) -> None:
-        """The calibration became known, changed, or was lost (None: sets wait)."""
+    def set_rig(self, rig: CameraRig | None, models: Sequence[CameraModel | None] | None = None) -> None:
+        """The calibration became known, changed, or was lost (None: sets wait).
+
+        Args:
+            rig: of rectified images.
+            models: what to rectify each camera's images with; None where all are rectified.
+        """
         with self._changed:
-            self._rig = rig
+            self._rig, self._models = rig, tuple(models or (None,) * len(self._cameras))
+            self._rectifications = {
+                view: maps for view, maps in self._rectifications.items() if view.model in self._models
+            }
             self._changed.notify()
 
     def apply(self, settings: Settings) -> None:
@@ -268,9 +293,10 @@ class Pipeline:
         bundle = self._engine.bundle
         images = np.zeros((len(rig), bundle.image_height_px, bundle.image_width_px, 3), dtype=np.uint8)
         missing, finished_s = [], 0.0
+        models = self._models
         for camera, arrival in enumerate(image_set.images):
             if arrival is not None:
-                self._begin_decoding(camera, arrival, rig[camera])
+                self._begin_decoding(camera, arrival, rig[camera], models[camera])
         for camera, arrival in enumerate(image_set.images):
             pixels, at_s = arrival.decoded.result() if arrival is not None else (None, 0.0)
             finished_s = max(finished_s, at_s, arrival.arrived_s if arrival is not None else 0.0)
@@ -303,26 +329,32 @@ class Pipeline:
         period_s = self._assembler.anchor_period_s
         return period_s is None or self._busy_until_s - arrived_s < _PERIODS_AHEAD * period_s
 
-    def _begin_decoding(self, camera: int, arrival: _Arrival, calibrated: Camera) -> None:
+    def _begin_decoding(self, camera: int, arrival: _Arrival, calibrated: Camera, model: CameraModel | None) -> None:
         """Decode for this calibration, unless that is under way."""
-        is_same_size = arrival.camera is not None and (
-            (arrival.camera.width_px, arrival.camera.height_px) == (calibrated.width_px, calibrated.height_px)
-        )
-        if is_same_size:
-            return
-        arrival.camera = calibrated
-        arrival.decoded = self._decoders.submit(self._decode, camera, arrival.message, calibrated)
+        view = _View((calibrated.width_px, calibrated.height_px), model)
+        if arrival.view != view:
+            arrival.view = view
+            arrival.decoded = self._decoders.submit(self._decode, camera, arrival.message, view)
 
-    def _decode(self, camera: int, message: object, calibrated: Camera) -> tuple[np.ndarray | None, float]:
+    def _decode(self, camera: int, message: object, view: _View) -> tuple[np.ndarray | None, float]:
         """The network's image and when it was ready; no image if the message holds none."""
-        transform = self._engine.bundle.image_transform(calibrated.width_px, calibrated.height_px)
+        transform = self._engine.bundle.image_transform(*view.size_px)
         try:
-            return conversions.network_image(message, transform), time.monotonic()
+            return conversions.network_image(message, transform, self._rectification(view, transform)), time.monotonic()
         except (ImageError, cv2.error) as error:
             with self._changed:
                 self._undecodable[camera]["undecodable"] += 1
             self._complain(f"image {camera}", f"{self._cameras[camera]}: {error}")
             return None, time.monotonic()
+
+    def _rectification(self, view: _View, transform: ImageTransform) -> conversions.RemapTables | None:
+        """A view's tables, made once; two threads may make the same."""
+        if view.model is None:
+            return None
+        tables = self._rectifications.get(view)
+        if tables is None:
+            tables = self._rectifications[view] = view.model.network_maps(transform)
+        return tables
 
     # Trouble
 

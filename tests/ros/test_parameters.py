@@ -34,6 +34,8 @@ def test_values_are_taken_over():
         ({"deadline_ms": float("nan")}, "deadline_ms is nan; give a number from 1 to 60000"),
         ({"deadline_ms": "fast"}, "deadline_ms is 'fast'; give a number from 1 to 60000"),
         ({"deadline_ms": True}, "deadline_ms is True; give a number"),
+        ({"rectify": 1}, "rectify is 1; give true or false"),
+        ({"rectify": True, "intrinsics_source": "calibration_file"}, "rectify needs the distortion of camera_info"),
         ({"threads": 1.5}, "threads is 1.5; give a whole number from 0 to 256"),
         ({"missing_cameras": "ignore"}, "missing_cameras is 'ignore'; choose drop or mask"),
         ({"bundle": 3}, "bundle is 3; give a string"),
