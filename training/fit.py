@@ -94,7 +94,7 @@ def fit(
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     if resume:
         require_same_model(load_checkpoint(resume), config)
-    learner = OccupancyLearner(config, initial_model(config))
+    learner = OccupancyLearner(config, *initial_model(config))
     data = make_data(config, learner.model.lift_spec)
     trainer = make_trainer(config, data)
     if trainer.is_global_zero:
@@ -103,19 +103,19 @@ def fit(
     return trainer
 
 
-def initial_model(config: TrainingConfig) -> OccFlowNet:
-    """The network that training starts from.
+def initial_model(config: TrainingConfig) -> tuple[OccFlowNet, dict | None]:
+    """The network that training starts from, and the provenance of its weights if they are another run's.
 
     Raises:
         TrainingError: the initial weights cannot be read, or are another network's.
     """
     if not config.trainer.initial_weights:
-        return OccFlowNet(config.model)
+        return OccFlowNet(config.model), None
     start = load_checkpoint(config.trainer.initial_weights)
     require_same_model(start, config)
     model = OccFlowNet(config.model.without_download())
     model.load_state_dict(start.weights)
-    return model
+    return model, start.provenance
 
 
 def make_trainer(config: TrainingConfig, data: OccupancyData) -> pl.Trainer:

@@ -39,11 +39,12 @@ class OccupancyLearner(pl.LightningModule):
     Args:
         config: the run.
         model: the network; None builds the configured one.
+        start: provenance of the weights it starts from, if they are another run's.
     """
 
-    def __init__(self, config: TrainingConfig, model: OccFlowNet | None = None) -> None:
+    def __init__(self, config: TrainingConfig, model: OccFlowNet | None = None, start: dict | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.start = config, start
         # Convolutions with few channels run a tenth faster on a CPU, and with tensor cores on a GPU, channels last.
         self.model = (model or OccFlowNet(config.model)).to(memory_format=torch.channels_last)
         self.objective = Objective(config)
@@ -168,7 +169,9 @@ class OccupancyLearner(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the configuration, and where the weights come from: plain values, so that no pickle is needed to read."""
         checkpoint[CONFIG_KEY] = self.config.to_dict()
-        checkpoint[PROVENANCE_KEY] = describe(self.config, self.global_step, self._run_length.elapsed_s, self.scores)
+        checkpoint[PROVENANCE_KEY] = describe(
+            self.config, self.global_step, self._run_length.elapsed_s, self.scores, self.start
+        )
 
 
 def learning_rate_factor(settings: OptimizerSettings, step: int, done: float) -> float:

@@ -21,6 +21,7 @@ _SUPERVISION = {
     "images": "2D labels of single images only: depth and class from {rays}",
     "2d3d": "2D labels ({rays}, {motion}) and 3D voxel labels",
 }
+_OF_START = ("supervision", "initial_weights", "dataset", "steps", "batch_size", "wall_time_s")
 _RAYS = {
     "lidarseg": "LiDAR rays (lidarseg)",
     "panoptic": "LiDAR rays (panoptic)",
@@ -34,7 +35,9 @@ _MOTION = {
 }
 
 
-def describe(config: TrainingConfig, steps: int, wall_time_s: float, scores: dict[str, float]) -> dict:
+def describe(
+    config: TrainingConfig, steps: int, wall_time_s: float, scores: dict[str, float], start: dict | None = None
+) -> dict:
     """Data set, supervision, length, seed, time, date and versions.
 
     Args:
@@ -42,6 +45,7 @@ def describe(config: TrainingConfig, steps: int, wall_time_s: float, scores: dic
         steps: optimiser steps so far.
         wall_time_s: training time so far.
         scores: of the latest validation.
+        start: the same of the run whose weights this one started from; None for a network made anew.
     """
     kind, trainer = config.supervision.kind, config.trainer
     motion = f"{_MOTION[config.motion.kind]}, keyframes -{config.data.horizon} to {config.data.horizon}"
@@ -51,7 +55,7 @@ def describe(config: TrainingConfig, steps: int, wall_time_s: float, scores: dic
     mask = config.supervision.reads_voxels and config.losses.voxel_camera_mask
     return {
         "supervision": _SUPERVISION[kind].format(rays=_RAYS[config.data.rays], motion=motion),
-        "initial_weights": Path(trainer.initial_weights).parent.name or "none",
+        "initial_weights": "none" if start is None else {name: start[name] for name in _OF_START if name in start},
         "trained_with_camera_mask": mask,
         "dataset": ", ".join(Path(root).name for root in roots),
         "split": config.data.train_split,

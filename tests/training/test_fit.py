@@ -145,10 +145,11 @@ def test_single_images_are_a_start_for_the_rest(tmp_path):
     assert "single images" in begun.provenance["supervision"]
     weights = str(tmp_path / "images" / LAST)
     following = small_config(tmp_path / "next", trainer={"max_steps": 2, "initial_weights": weights})
-    given = initial_model(following).state_dict()
+    given = initial_model(following)[0].state_dict()
     assert all(torch.equal(given[name], value) for name, value in begun.weights.items())
     fit(following, None, WallData)
-    assert load_checkpoint(tmp_path / "next" / LAST).provenance["initial_weights"] == "images"
+    start = load_checkpoint(tmp_path / "next" / LAST).provenance["initial_weights"]
+    assert start["steps"] == 100 and start["initial_weights"] == "none" and "single images" in start["supervision"]
     wider = dataclasses.replace(following, model=dataclasses.replace(following.model, lift_slots=1))
     with pytest.raises(TrainingError, match=r"model\.lift_slots is 2, here it is 1"):
         initial_model(wider)
