@@ -148,7 +148,7 @@ def execute(command: Sequence[str], log: Path, console: Console) -> None:
         TrainingError: it failed; with its last words.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    console.print(f"[dim]{shlex.join(command)}[/]", highlight=False)
+    console.print(shlex.join(command), style="dim", markup=False, highlight=False)
     with log.open("a") as stream:
         status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
     if status:
