@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from occflownet_core.runtime.bundle import load_bundle
 from occflownet_ros.share import share_path
 
 pytest.importorskip("rclpy", reason="rclpy is not installed (extra 'ros')")
@@ -104,7 +105,9 @@ def test_the_report_says_where_its_numbers_come_from(lockstep):
     assert all(
         len(report[source]["sha256" if source == "bag" else "bundle_yaml_sha256"]) == 64 for source in ("bag", "model")
     )
-    assert "Trained without the camera mask" in report["settings"] and "threshold 0.15" in report["settings"]
+    threshold = load_bundle(BUNDLE).occupancy_threshold
+    assert "Trained without the camera mask" in report["settings"]
+    assert f"threshold {threshold:g} " in report["settings"]
     assert "/" not in report["mode"]["parameters"]["bundle"]
     stages = report["frames"][1]["latency_ms"]
     parts = stages["decode"] + stages["wait"] + stages["engine"] + stages["publish"]
