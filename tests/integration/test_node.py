@@ -96,8 +96,12 @@ def drive(
         vehicle.send_odometry(anchor_ns, 2.0 * k)
         vehicle.send_images(stamp_ns, JPEG, **replaced)
         stamps.append(anchor_ns)
-        before = len(received)
-        vehicle.wait(lambda before=before: len(received) > before, answer_s)
+        before, until_s = len(received), time.monotonic() + answer_s
+        while (
+            not vehicle.wait(lambda before=before: len(received) > before, min(2.0, answer_s))
+            and time.monotonic() < until_s
+        ):
+            vehicle.send_calibration(stamp_ns)  # the node hears camera_info by best effort; a vehicle repeats it
     return stamps
 
 
