@@ -20,9 +20,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from occflownet_core.errors import BagError, ConfigError, OccflownetError
+from occflownet_core.errors import BagError, ConfigError
 from occflownet_ros.bag import Bag
 from occflownet_ros.bag_survey import Survey
+from occflownet_ros.command_line import exit_status
 from occflownet_ros.drive_plan import Planner
 from occflownet_ros.drive_recording import read_recording
 from occflownet_ros.drive_writer import DriveSummary, RootWriter
@@ -272,17 +273,10 @@ def topic_roles(topic_map: TopicMap) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> int:
     """Console entry point; 2 on bad input."""
     arguments = parse_arguments(argv)
-    try:
-        if arguments.list:
-            show(arguments, Console())
-        else:
-            convert(arguments, Console(), Console(stderr=True, highlight=False))
-    except OccflownetError as error:
-        print(f"bag_to_nuscenes: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if arguments.list:
+        return exit_status("bag_to_nuscenes", lambda: show(arguments, Console()))
+    console, complaints = Console(), Console(stderr=True, highlight=False)
+    return exit_status("bag_to_nuscenes", lambda: convert(arguments, console, complaints))
 
 
 if __name__ == "__main__":

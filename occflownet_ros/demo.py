@@ -21,6 +21,7 @@ from occflownet_core.errors import OccflownetError
 from occflownet_core.labels import CLASS_NAMES, COLORS_RGB, FREE
 from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_core.runtime.bundle import Bundle, load_bundle
+from occflownet_ros.command_line import exit_status
 from occflownet_ros.ground_truth import score
 from occflownet_ros.parameters import EVERY_SET
 from occflownet_ros.share import share_path
@@ -197,14 +198,7 @@ def headline(scores: dict) -> dict[str, float | None]:
 def main(argv: list[str] | None = None) -> int:
     """Console entry point; exit status 2 with one sentence on a user's mistake."""
     arguments = parse_arguments(argv)
-    try:
-        run(arguments)
-    except OccflownetError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status("demo", lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ from rich.table import Table
 from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
-from occflownet_core.errors import BagError, DatasetError, OccflownetError
+from occflownet_core.errors import BagError, DatasetError
 from occflownet_core.poses import RecordedPose
 from occflownet_core.rig_file import save_rig
 from occflownet_ros import nuscenes_messages as messages
+from occflownet_ros.command_line import exit_status
 from occflownet_ros.nuscenes_scene import (
     LIDAR,
     Keyframe,
@@ -353,14 +354,7 @@ def convert(arguments: argparse.Namespace, console: Console) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Console entry point; 2 on bad input."""
     arguments = parse_arguments(argv)
-    try:
-        convert(arguments, Console())
-    except OccflownetError as error:
-        print(f"nuscenes_to_bag: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status("nuscenes_to_bag", lambda: convert(arguments, Console()))
 
 
 if __name__ == "__main__":

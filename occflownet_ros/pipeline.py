@@ -263,6 +263,7 @@ class Pipeline:
         self._busy_until_s = started_s + self.latency.median_ms("engine") / 1e3
         prediction = self._engine.infer(images, previous_from_current, missing)
         inferred_s = time.monotonic()
+        self._busy_until_s = 0.0
         arrivals_s = [arrival.arrived_s for arrival in image_set.images if arrival is not None]
         latency_ms = {
             "receive": 1e3 * (max(arrivals_s) - min(arrivals_s)),

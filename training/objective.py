@@ -11,6 +11,7 @@ from torch import Tensor
 from occflownet_core.boxes import MovingBoxes
 from occflownet_core.errors import DatasetError
 from occflownet_core.field import OccupancyField
+from occflownet_core.grid import VoxelGrid
 from occflownet_core.interpolate import trilinear
 from occflownet_core.labels import FREE
 from occflownet_core.losses import (
@@ -69,18 +70,18 @@ class Objective:
         if batch.rays is None:
             raise DatasetError(f"samples {', '.join(batch.tokens)} came without rays; give the loader a source of rays")
         settings, grid = self.config.supervision, self.render_grid
-        motion = TimedMotion(make_motion(self.config.motion, batch, output.field))
+        velocity_mps = output.field.velocity_lattice() if self.config.learns_velocity else None
+        motion = TimedMotion(make_motion(self.config.motion, batch, output.field.grid, velocity_mps))
         rays = draw_rays(batch.rays, settings.rays_per_step, settings.current_share, generator)
         rays = rays[motion.keeps(rays, grid)]
         rendered = render(output.field, rays, grid, motion, self.config.rendering, generator)
         self.motion_s, self.rays = motion.seconds, len(rays)
         terms = ray_losses(rendered, rays, self.config.losses, self.config.rendering)
-        return terms | (self.velocity_terms(output.field, batch) if self.config.learns_velocity else {})
+        return terms if velocity_mps is None else terms | self.velocity_terms(velocity_mps, output.field, batch)
 
-    def velocity_terms(self, field: OccupancyField, batch: OccupancyBatch) -> dict[str, Tensor]:
+    def velocity_terms(self, velocity_mps: Tensor, field: OccupancyField, batch: OccupancyBatch) -> dict[str, Tensor]:
         """Priors on the field's velocity, and annotated boxes where they are asked for, on the working grid."""
         losses, terms = self.config.losses, {}
-        velocity_mps = field.velocity_lattice()
         if losses.flow_smoothness_weight:
             terms["flow_smoothness"] = losses.flow_smoothness_weight * flow_smoothness_loss(velocity_mps)
         if losses.static_flow_weight:
@@ -117,15 +118,16 @@ class Objective:
         return terms
 
 
-def make_motion(settings: MotionSettings, batch: OccupancyBatch, field: OccupancyField) -> StaticWorld:
-    """The motion that the settings ask for, over a batch's boxes or the field's own velocity."""
+def make_motion(
+    settings: MotionSettings, batch: OccupancyBatch, grid: VoxelGrid, velocity_mps: Tensor | None = None
+) -> StaticWorld:
+    """The motion that the settings ask for, over a batch's boxes or the field's own velocity [B, 3, Z, Y, X] on its grid."""
     if settings.kind == "static":
         return StaticWorld()
     if settings.kind == "filter":
         return DynamicFilter()
     if settings.kind == "learned":
-        velocity_mps = field.velocity_lattice()  # decoded once, then interpolated
-        return LearnedFlow(lambda points_m, batch_index: trilinear(velocity_mps, field.grid, points_m, batch_index))
+        return LearnedFlow(lambda points_m, batch_index: trilinear(velocity_mps, grid, points_m, batch_index))
     return BoxFlow(required_boxes(batch), settings.box_scale, settings.require_class)
 
 

@@ -149,7 +149,9 @@ def test_motion_by_name(tmp_path):
     learner, window = learner_and_window(tmp_path, model=VELOCITY["model"])
     field = learner(window).field
     kinds = {"static": StaticWorld, "filter": DynamicFilter, "box_flow": BoxFlow, "learned": LearnedFlow}
-    assert {k: type(make_motion(MotionSettings(kind=k), window[-1], field)) for k in kinds} == kinds
+    assert {
+        k: type(make_motion(MotionSettings(kind=k), window[-1], field.grid, field.velocity_lattice())) for k in kinds
+    } == kinds
 
 
 def test_timed_motion_answers_as_the_motion_does():
