@@ -24,13 +24,12 @@ from occflownet_core.grid import OCC3D_GRID, VoxelGrid
 from occflownet_core.labels import FREE, OCCUPIED_CLASSES
 from occflownet_core.losses import LossConfig, ray_losses
 from occflownet_core.metrics import ThresholdSweep
-from occflownet_core.motion import BoxFlow, DynamicFilter, StaticWorld
 from occflownet_core.renderer import Rays, RenderConfig, render
 from occflownet_core.voxel_field import VoxelField
 from training.data.dataset import moving_boxes
 from training.data.nuscenes import KeyframeIndex, load_occupancy
 from training.data.rays import LidarRays, RayLimits, temporal_rays
-from training.objective import draw_rays
+from training.objective import draw_rays, make_motion
 from training.settings import MotionSettings
 
 THRESHOLDS = (0.01, 0.02, *np.round(np.arange(0.05, 0.96, 0.05), 2).tolist())
@@ -234,7 +233,7 @@ def fit(window: Window, row: Row, settings: FitSettings, on_step: Callable[[], o
     """
     grid, activation = settings.grid, _activation(row, settings)
     window = window.seen_by(row)
-    motion = _motion(row.motion, window.boxes)
+    motion = make_motion(row.motion, window.boxes, grid)
     rays = window.rays[motion.keeps(window.rays, grid)]
     current_share = settings.current_share if row.horizon else None
     generator = torch.Generator().manual_seed(settings.seed)
@@ -278,12 +277,6 @@ def fit(window: Window, row: Row, settings: FitSettings, on_step: Callable[[], o
 def _typical(gradient: Tensor) -> float:
     """Root mean square of what is not zero."""
     return gradient[gradient != 0].square().mean().sqrt().item()
-
-
-def _motion(settings: MotionSettings, boxes: MovingBoxes) -> StaticWorld:
-    if settings.kind == "box_flow":
-        return BoxFlow(boxes, settings.box_scale, settings.require_class)
-    return StaticWorld() if settings.kind == "static" else DynamicFilter()
 
 
 def _activation(row: Row, settings: FitSettings) -> FieldDecoder:

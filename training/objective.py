@@ -71,7 +71,8 @@ class Objective:
             raise DatasetError(f"samples {', '.join(batch.tokens)} came without rays; give the loader a source of rays")
         settings, grid = self.config.supervision, self.render_grid
         velocity_mps = output.field.velocity_lattice() if self.config.learns_velocity else None
-        motion = TimedMotion(make_motion(self.config.motion, batch, output.field.grid, velocity_mps))
+        boxes = required_boxes(batch) if self.config.motion.kind == "box_flow" else None
+        motion = TimedMotion(make_motion(self.config.motion, boxes, output.field.grid, velocity_mps))
         rays = draw_rays(batch.rays, settings.rays_per_step, settings.current_share, generator)
         rays = rays[motion.keeps(rays, grid)]
         rendered = render(output.field, rays, grid, motion, self.config.rendering, generator)
@@ -119,16 +120,16 @@ class Objective:
 
 
 def make_motion(
-    settings: MotionSettings, batch: OccupancyBatch, grid: VoxelGrid, velocity_mps: Tensor | None = None
+    settings: MotionSettings, boxes: MovingBoxes | None, grid: VoxelGrid, velocity_mps: Tensor | None = None
 ) -> StaticWorld:
-    """The motion that the settings ask for, over a batch's boxes or the field's own velocity [B, 3, Z, Y, X] on its grid."""
+    """The motion that the settings ask for, over annotated boxes or the field's own velocity [B, 3, Z, Y, X] on its grid."""
     if settings.kind == "static":
         return StaticWorld()
     if settings.kind == "filter":
         return DynamicFilter()
     if settings.kind == "learned":
         return LearnedFlow(lambda points_m, batch_index: trilinear(velocity_mps, grid, points_m, batch_index))
-    return BoxFlow(required_boxes(batch), settings.box_scale, settings.require_class)
+    return BoxFlow(boxes, settings.box_scale, settings.require_class)
 
 
 def required_boxes(batch: OccupancyBatch) -> MovingBoxes:

@@ -150,7 +150,8 @@ def test_motion_by_name(tmp_path):
     field = learner(window).field
     kinds = {"static": StaticWorld, "filter": DynamicFilter, "box_flow": BoxFlow, "learned": LearnedFlow}
     assert {
-        k: type(make_motion(MotionSettings(kind=k), window[-1], field.grid, field.velocity_lattice())) for k in kinds
+        k: type(make_motion(MotionSettings(kind=k), window[-1].boxes, field.grid, field.velocity_lattice()))
+        for k in kinds
     } == kinds
 
 
