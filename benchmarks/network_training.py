@@ -27,6 +27,7 @@ MEASURES = {
     "geometric": "geometric",
     "static": "static",
     "dynamic": "dynamic",
+    "dynamic_as_one": "dynamic as one",
     "ray_iou": "RayIoU",
 }
 
@@ -48,23 +49,29 @@ class NetworkRow:
     seeds: int = 1
 
 
-# Every run starts from the same image encoder, taught by single images: without that, minutes of training tell rows apart
-# by how their encoders happened to begin.
-IMAGES = "images"
-_IMAGES = (
-    *("--supervision.kind", "images", "--data.no_return_rays", "false", "--trainer.batch_size", "2"),
-    *("--losses.depth_weight", "1", "--losses.image_semantic_weight", "1"),
-)
 _STATIC = ("--motion.kind", "static")
 ROWS = {
     "single": NetworkRow(
         "2D, single frame", None, (*_STATIC, "--data.horizon", "0", "--supervision.current_share", "null")
     ),
-    "static": NetworkRow("2D, 7 keyframes, static world", "single", _STATIC, seeds=3),
+    "static": NetworkRow("2D, 7 keyframes, static world", "single", _STATIC),
     "filter": NetworkRow("2D, 7 keyframes, dynamic filter", "static", ("--motion.kind", "filter"), seeds=3),
     "flow": NetworkRow("2D, 7 keyframes, box flow", "filter", ("--motion.kind", "box_flow"), seeds=3),
     "2d3d": NetworkRow("2D with box flow, and 3D", "3d", ("--motion.kind", "box_flow", "--supervision.kind", "2d3d")),
     "3d": NetworkRow("3D", "flow", ("--supervision.kind", "3d")),
+}
+
+
+# Every run starts from the same network: its image encoder taught by single images, then the whole by single frames, which
+# no motion concerns. Minutes of training from scratch tell rows apart by how their encoders happened to begin.
+IMAGES = "images"
+FRAMES = "frames"
+_STARTS = {
+    IMAGES: (
+        *("--supervision.kind", "images", "--data.no_return_rays", "false", "--trainer.batch_size", "2"),
+        *("--losses.depth_weight", "1", "--losses.image_semantic_weight", "1"),
+    ),
+    FRAMES: ROWS["single"].options,
 }
 
 
@@ -87,14 +94,9 @@ class Run:
         """The evaluation's JSON; it is there when the run is finished."""
         return self.out / "eval.json"
 
-    @property
-    def start(self) -> Path:
-        """The weights that it starts from."""
-        return self.out.parent / IMAGES / "last.ckpt"
-
-    def fit_command(self, options: argparse.Namespace) -> list[str]:
-        """``training.fit`` from the start, or from the last checkpoint where there is one."""
-        more = (*ROWS[self.key].options, "--trainer.initial_weights", str(self.start))
+    def fit_command(self, options: argparse.Namespace, start: Path) -> list[str]:
+        """``training.fit`` from the common start's weights, or from the last checkpoint where there is one."""
+        more = (*ROWS[self.key].options, "--trainer.initial_weights", str(start))
         return fit_command(self.out, options, options.steps, self.seed, more)
 
     def evaluate_command(self, options: argparse.Namespace) -> list[str]:
@@ -110,17 +112,31 @@ class Run:
             TrainingError: a process failed.
         """
         began = time.perf_counter()
-        if not self.start.exists() or not (self.start.parent / "done").exists():
-            command = fit_command(self.start.parent, options, options.image_steps, 0, _IMAGES)
-            execute(command, self.start.parent / "fit.log", console)
-            (self.start.parent / "done").touch()
-        execute(self.fit_command(options), self.out / "fit.log", console)
+        start = common_start(self.out.parent, options, console)
+        execute(self.fit_command(options, start), self.out / "fit.log", console)
         try:
             execute(self.evaluate_command(options), self.out / "evaluate.log", console)
         except TrainingError:
             self.result.unlink(missing_ok=True)
             raise
         console.print(f"{self.out.name}: {time.perf_counter() - began:.0f} s")
+
+
+def common_start(folder: Path, options: argparse.Namespace, console: Console) -> Path:
+    """The weights that all runs start from; they are made first where they are missing.
+
+    Raises:
+        TrainingError: a process failed.
+    """
+    weights: Path | None = None
+    for name, steps in ((IMAGES, options.image_steps), (FRAMES, options.frame_steps)):
+        out = folder / name
+        if not (out / "done").exists():
+            more = (*_STARTS[name], *(("--trainer.initial_weights", str(weights)) if weights else ()))
+            execute(fit_command(out, options, steps, 0, more), out / "fit.log", console)
+            (out / "done").touch()
+        weights = out / "last.ckpt"
+    return weights
 
 
 def fit_command(out: Path, options: argparse.Namespace, steps: int, seed: int, more: Sequence[str]) -> list[str]:
@@ -134,6 +150,7 @@ def fit_command(out: Path, options: argparse.Namespace, steps: int, seed: int, m
         "trainer.max_steps": steps,
         "trainer.val_steps": steps,  # one validation, at the end: it takes the threshold
         "trainer.threads": options.threads,
+        "trainer.precision": options.precision,
     }
     command = [sys.executable, "-m", "training.fit", "--config", str(options.config)]
     command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
@@ -167,6 +184,7 @@ def load_scores(run: Run) -> dict[str, float] | None:
         "geometric": masked["geometric_iou"],
         "static": masked["static_miou"],
         "dynamic": masked["dynamic_miou"],
+        "dynamic_as_one": masked["dynamic_iou"],
         "ray_iou": report["rays"]["ray_iou"],
     }
     return {name: float("nan") if value is None else value for name, value in values.items()}
@@ -234,13 +252,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         type=Path,
-        default=Path("training/configs/minicity_micro.yaml"),
+        default=Path("training/configs/minicity_tiny.yaml"),
         metavar="FILE",
         help="the network (default %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=400, help="optimiser steps per run (default %(default)s)")
     parser.add_argument(
-        "--image-steps", type=int, default=1000, help="steps of the image encoder's start (default %(default)s)"
+        "--image-steps", type=int, default=1500, help="steps of single images, common to all (default %(default)s)"
+    )
+    parser.add_argument(
+        "--frame-steps",
+        type=int,
+        default=800,
+        help="steps of single frames after it, also common (default %(default)s)",
+    )
+    parser.add_argument(
+        "--precision", default="bf16-mixed", help="of training: 32-true on a CPU without AMX (default %(default)s)"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="Markdown page whose section takes the tables")

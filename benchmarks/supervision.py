@@ -73,17 +73,9 @@ def scores_of(confusion: np.ndarray, moving_confusion: np.ndarray) -> dict[str, 
         "geometric": scores.geometric_iou,
         "static": scores.mean(sorted(there.intersection(STATIC_CLASSES))),
         "dynamic": scores.mean(sorted(there.intersection(DYNAMIC_CLASSES))),
-        "dynamic_occupied": _as_one_class(confusion),
-        "moving": _as_one_class(moving_confusion),
+        "dynamic_occupied": scores.dynamic_iou,
+        "moving": VoxelScores.of(moving_confusion).dynamic_iou,
     }
-
-
-def _as_one_class(confusion: np.ndarray) -> float:
-    """IoU of "some dynamic class" against everything else; NaN where it is neither there nor predicted."""
-    dynamic = list(DYNAMIC_CLASSES)
-    both = confusion[np.ix_(dynamic, dynamic)].sum()
-    union = confusion[dynamic].sum() + confusion[:, dynamic].sum() - both
-    return float(both / union) if union else float("nan")
 
 
 class Results:

@@ -88,11 +88,12 @@ class OccupancyEvaluation:
 
 
 def voxel_scores_to_dict(scores: VoxelScores) -> dict:
-    """Means over 17 and 15 classes, dynamic and static means, geometric IoU, and IoU per class."""
+    """Means over 17 and 15 classes, dynamic and static means, IoU of all dynamic classes as one, geometric, per class."""
     return {
         **{f"miou_{count}": _plain(scores.mean(classes)) for count, classes in CLASS_SETS.items()},
         "dynamic_miou": _plain(scores.dynamic_miou),
         "static_miou": _plain(scores.static_miou),
+        "dynamic_iou": _plain(scores.dynamic_iou),
         "geometric_iou": _plain(scores.geometric_iou),
         "precision": _plain(scores.precision),
         "recall": _plain(scores.recall),

@@ -52,12 +52,15 @@ class VoxelScores:
         iou: [17] float64, IoU per occupied class; NaN for a class that is neither there nor predicted.
         geometric_iou: IoU of occupied against free, whatever the class.
         precision, recall: of occupied against free.
+        dynamic_iou: IoU of "some dynamic class" against everything else, NaN if it is neither there nor predicted. Unlike
+            the mean over dynamic classes it does not give a rare one the weight of all cars.
     """
 
     iou: np.ndarray
     geometric_iou: float
     precision: float
     recall: float
+    dynamic_iou: float
 
     @classmethod
     def of(cls, confusion: np.ndarray) -> VoxelScores:
@@ -66,11 +69,15 @@ class VoxelScores:
         union = confusion.sum(axis=0) + confusion.sum(axis=1) - hits
         both = confusion[:FREE, :FREE].sum()
         predicted, there = confusion[:, :FREE].sum(), confusion[:FREE].sum()
+        dynamic = list(DYNAMIC_CLASSES)
+        dynamic_both = confusion[np.ix_(dynamic, dynamic)].sum()
+        dynamic_union = confusion[dynamic].sum() + confusion[:, dynamic].sum() - dynamic_both
         return cls(
             iou=_ratio(hits, union)[:OCCUPIED_CLASSES],
             geometric_iou=float(_ratio(both, predicted + there - both)),
             precision=float(_ratio(both, predicted)),
             recall=float(_ratio(both, there)),
+            dynamic_iou=float(_ratio(dynamic_both, dynamic_union)),
         )
 
     @property

@@ -17,6 +17,7 @@ _MEANS = (
     ("mIoU, 15 classes", "miou_15"),
     ("mIoU, dynamic *", "dynamic_miou"),
     ("mIoU, static", "static_miou"),
+    ("dynamic as one", "dynamic_iou"),
     ("occupied or free", "geometric_iou"),
 )
 

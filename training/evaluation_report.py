@@ -91,6 +91,7 @@ def _mean_table(report: dict) -> Table:
         ("mIoU, 15 classes", "miou_15"),
         ("mIoU, dynamic", "dynamic_miou"),
         ("mIoU, static", "static_miou"),
+        ("dynamic classes as one", "dynamic_iou"),
         ("geometric IoU", "geometric_iou"),
         ("precision", "precision"),
         ("recall", "recall"),

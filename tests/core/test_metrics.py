@@ -28,6 +28,7 @@ def test_scores_by_hand():
     assert scores.miou == pytest.approx(1 / 8)
     assert scores.dynamic_miou == pytest.approx(1 / 8)
     assert np.isnan(scores.static_miou)
+    assert scores.dynamic_iou == pytest.approx(2 / 4)  # a car seen as a truck is right here
     assert scores.geometric_iou == pytest.approx(2 / 4)  # two of {car, car, car, wrong car}
     assert scores.precision == pytest.approx(2 / 3) and scores.recall == pytest.approx(2 / 3)
 

@@ -200,14 +200,14 @@ def test_every_network_row_is_a_configuration():
 
 def test_network_scores_come_from_finished_evaluations(tmp_path):
     runs = [network_training.Run("flow", seed, tmp_path / f"flow_seed{seed}") for seed in range(2)]
-    masked = {"miou_17": 0.2, "geometric_iou": 0.4, "static_miou": 0.3, "dynamic_miou": None}
+    masked = {"miou_17": 0.2, "geometric_iou": 0.4, "static_miou": 0.3, "dynamic_miou": None, "dynamic_iou": 0.5}
     for run, miou in zip(runs, (0.2, 0.3), strict=True):
         run.out.mkdir()
         run.result.write_text(json.dumps({"camera_mask": {**masked, "miou_17": miou}, "rays": {"ray_iou": 0.1}}))
     unfinished = network_training.Run("filter", 0, tmp_path / "filter_seed0")
     means, differences = network_training.tables([*runs, unfinished], "small")
     assert means.rows == (
-        ("2D, 7 keyframes, box flow", "25.0 ± 7.1", "40.0 ± 0.0", "30.0 ± 0.0", "-", "10.0 ± 0.0", "2"),
+        ("2D, 7 keyframes, box flow", "25.0 ± 7.1", "40.0 ± 0.0", "30.0 ± 0.0", "-", "50.0 ± 0.0", "10.0 ± 0.0", "2"),
     )
     assert differences.rows == ()
 
