@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from occflownet_core.camera import CameraRig
+from occflownet_core import poses
+from occflownet_core.camera import Camera, CameraRig
 from occflownet_core.errors import CalibrationError, EngineError
 from occflownet_core.lift_tables import LiftTables, build_lift_tables
 from occflownet_core.runtime.bundle import Bundle
@@ -178,6 +179,24 @@ def create_engine(bundle: Bundle, backend: str = "auto", threads: int | None = N
     if backend == "tensorrt":
         raise EngineError("backend 'tensorrt' is not available in this version; use 'onnxruntime' or 'auto'")
     raise EngineError(f"there is no backend '{backend}'; use one of {', '.join(BACKENDS)}")
+
+
+def warm_up(engine: Engine) -> None:
+    """Run the engine on black images of a made-up rig, so that the first real set is not the slow one."""
+    bundle = engine.bundle
+    width_px, height_px = bundle.image_width_px, bundle.image_height_px
+    intrinsic = np.array([[width_px / 2, 0, width_px / 2], [0, width_px / 2, height_px / 2], [0, 0, 1]])
+    forward = np.array([[0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 1.5], [0, 0, 0, 1]])  # optical axis along x
+    cameras = []
+    for k, name in enumerate(bundle.cameras):
+        half_rad = np.pi * k / len(bundle.cameras)
+        turned = poses.pose(np.zeros(3), np.array([np.cos(half_rad), 0, 0, np.sin(half_rad)]))
+        cameras.append(Camera(name, width_px, height_px, intrinsic, turned @ forward))
+    engine.calibrate(CameraRig(tuple(cameras)))
+    images = np.zeros((len(cameras), height_px, width_px, 3), dtype=np.uint8)
+    for _ in range(2):  # ONNX Runtime plans its memory after the first run
+        engine.infer(images, None)
+    engine.reset()
 
 
 def _choose(bundle: Bundle) -> tuple[str, str]:

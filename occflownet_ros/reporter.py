@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Once a second on /diagnostics: what an active node knows about its engine, calibration, ego motion and cameras."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from rclpy.clock import Clock, ClockType
+from rclpy.node import Node
+
+from occflownet_core.runtime.engine import Engine
+from occflownet_ros import diagnostics
+from occflownet_ros.diagnostics import Complaints
+from occflownet_ros.inputs import Inputs
+from occflownet_ros.parameters import Settings
+from occflownet_ros.pipeline import Pipeline, PipelineReport
+
+_PERIOD_S = 1.0
+
+
+class Reporter:
+    """Publishes the diagnostics of an active node. One per activation.
+
+    Args:
+        node: whose timer and clock are used.
+        publisher: of /diagnostics.
+        settings: as configured.
+        engine, inputs, pipeline: what is reported on.
+        complain: takes (subject, sentence) about trouble.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        publisher,
+        settings: Settings,
+        engine: Engine,
+        inputs: Inputs,
+        pipeline: Pipeline,
+        complain: Complaints,
+    ) -> None:
+        self._node = node
+        self._publisher = publisher
+        self._settings = settings
+        self._engine = engine
+        self._inputs = inputs
+        self._pipeline = pipeline
+        self._complain = complain
+        self._started_s = self._reported_s = time.monotonic()
+        self._last = pipeline.report()
+        self._timer = node.create_timer(_PERIOD_S, self._report, clock=Clock(clock_type=ClockType.STEADY_TIME))
+
+    def close(self) -> None:
+        self._node.destroy_timer(self._timer)
+
+    def _report(self) -> None:
+        now_s, report = time.monotonic(), self._pipeline.report()
+        calibration, bundle = self._inputs.calibration, self._engine.bundle
+        if calibration.problem and now_s - self._started_s > self._settings.calibration_timeout_s:
+            self._complain("calibration", calibration.problem)
+        statuses = [
+            diagnostics.engine_status(
+                f"{bundle.name} on {self._engine.name}",
+                report.sets,
+                report.sets - self._last.sets,
+                self._pipeline.latency,
+            ),
+            diagnostics.calibration_status(calibration.problem or report.calibration_problem, calibration.changes),
+            diagnostics.ego_motion_status(
+                self._settings.odom_topic,
+                report.poses,
+                report.resets,
+                report.resets - self._last.resets,
+                report.reset_reason,
+            ),
+            *(diagnostics.camera_status(camera) for camera in self._cameras(now_s, report)),
+        ]
+        stamp = self._node.get_clock().now().to_msg()
+        self._publisher.publish(diagnostics.diagnostic_array(stamp, self._node.get_name(), bundle.name, statuses))
+        self._last, self._reported_s = report, now_s
+
+    def _cameras(self, now_s: float, report: PipelineReport) -> list[diagnostics.CameraReport]:
+        reports = []
+        for camera, name in enumerate(self._engine.bundle.cameras):
+            last_s = report.last_image_s[camera]
+            recent: Counter[str] = report.images[camera] - self._last.images[camera]
+            reports.append(
+                diagnostics.CameraReport(
+                    name,
+                    self._inputs.image_topics[camera],
+                    None if last_s is None else now_s - last_s,
+                    recent["received"] / (now_s - self._reported_s),
+                    report.images[camera],
+                    recent,
+                )
+            )
+        return reports
