@@ -11,12 +11,17 @@ from dataclasses import dataclass, field
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
+from occflownet_ros.cadence import UNKNOWN_CADENCE, Cadence
+
 OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR
 
 CAMERA_TIMEOUT_S = 1.0
+CLOCKS_DIFFER_S = 1.0
+"""Stamps this far from the anchor camera's are of another clock: no camera is that late."""
 _REPEAT_S = 10.0
 _LATENCY_WINDOW = 200
 _TROUBLE = ("undecodable", "late", "duplicate", "out_of_order", "cleared")
+_MISSED_SHARE = 0.02
 
 
 class Complaints:
@@ -83,6 +88,8 @@ class CameraReport:
         rate_hz: images since the report before, per second.
         counters: outcomes of its images so far.
         recent: the same, since the report before.
+        cadence: what its stamps say about images that never came.
+        ahead_s: its newest stamp minus the anchor camera's, 0 while one of them is unknown.
     """
 
     name: str
@@ -91,18 +98,37 @@ class CameraReport:
     rate_hz: float
     counters: Mapping[str, int]
     recent: Mapping[str, int]
+    cadence: Cadence = UNKNOWN_CADENCE
+    ahead_s: float = 0.0
 
 
 def camera_status(report: CameraReport) -> Status:
+    """Silence, a frozen image and another clock are errors: no set gets an image of this camera any more."""
     level, message = OK, f"{report.rate_hz:.1f} Hz"
-    trouble = [f"{report.recent[what]} {what.replace('_', ' ')}" for what in _TROUBLE if report.recent.get(what)]
+    duplicates = report.recent.get("duplicate", 0)
     if report.silent_s is None:
         level, message = ERROR, f"no image yet on {report.topic}"
     elif report.silent_s > CAMERA_TIMEOUT_S:
         level, message = ERROR, f"no image for {report.silent_s:.1f} s on {report.topic}"
-    elif trouble:
-        level, message = WARN, f"{', '.join(trouble)} in the last second"
-    return Status(f"camera {report.name}", level, message, {"topic": report.topic, **report.counters})
+    elif duplicates and duplicates == report.recent.get("received"):
+        level, message = ERROR, f"frozen: {duplicates} images of one and the same stamp in the last second"
+    elif abs(report.ahead_s) > CLOCKS_DIFFER_S:
+        side = "ahead of" if report.ahead_s > 0 else "behind"
+        level, message = ERROR, f"stamps are {abs(report.ahead_s):.1f} s {side} the anchor camera's; set its clock"
+    elif trouble := _camera_trouble(report):
+        level, message = WARN, trouble
+    cadence = {"missed": report.cadence.sentence} if report.cadence.period_s else {}
+    return Status(f"camera {report.name}", level, message, {"topic": report.topic, **report.counters, **cadence})
+
+
+def _camera_trouble(report: CameraReport) -> str:
+    counts = [f"{report.recent[what]} {what.replace('_', ' ')}" for what in _TROUBLE if report.recent.get(what)]
+    if report.recent.get("absent"):
+        counts.append(f"absent from {report.recent['absent']} sets")
+    parts = [f"{', '.join(counts)} in the last second"] if counts else []
+    if report.cadence.missed > _MISSED_SHARE * report.cadence.expected:
+        parts.append(f"missed {report.cadence.sentence}")
+    return "; ".join(parts)
 
 
 def engine_status(name: str, sets: Mapping[str, int], recent: Mapping[str, int], latency: LatencyWindow) -> Status:

@@ -85,7 +85,8 @@ class FrameAssembler(Generic[T]):
         now_s: monotonic clock, seconds.
 
     Attributes:
-        images: outcome counters per camera (see ``IMAGE_OUTCOMES``), plus ``received``.
+        images: outcome counters per camera (see ``IMAGE_OUTCOMES``), plus ``received``, and ``absent``: sets that
+            closed without an image of this camera.
         sets: counters: opened, complete, masked, dropped (incomplete), superseded, taken, time_jumps.
     """
 
@@ -227,6 +228,7 @@ class FrameAssembler(Generic[T]):
         for camera, waiting in enumerate(chosen):
             if waiting is None:
                 self._missed_ns[camera] = anchor.stamp_ns
+                self.images[camera]["absent"] += 1
             self._forget(camera, waiting)
         if image_set.missing and self.missing_cameras == DROP:
             self.sets["dropped"] += 1

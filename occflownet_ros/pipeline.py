@@ -10,7 +10,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_core.preprocess import ImageTransform
 from occflownet_core.runtime.engine import Engine
 from occflownet_ros import conversions
+from occflownet_ros.cadence import Cadence, CameraStamps
 from occflownet_ros.camera_model import CameraModel
 from occflownet_ros.diagnostics import Complaints, LatencyWindow
 from occflownet_ros.ego_motion import EgoMotion, PoseBuffer
@@ -74,6 +75,7 @@ class PipelineReport:
         reset_reason: of the latest step, empty if it went well.
         calibration_problem: why the engine refuses the rig, empty if it does not.
         last_image_s: arrival of each camera's last image on the monotonic clock, None before the first.
+        cadences: what each camera's stamps say about images that never came.
     """
 
     images: list[Counter[str]]
@@ -82,7 +84,8 @@ class PipelineReport:
     resets: Counter[str]
     reset_reason: str
     calibration_problem: str
-    last_image_s: list[float | None] = field(default_factory=list)
+    last_image_s: list[float | None]
+    cadences: list[Cadence]
 
 
 class Pipeline:
@@ -95,6 +98,10 @@ class Pipeline:
         outputs: where frames go.
         complain: takes (subject, sentence) about trouble.
         clock_s: what ``deadline_ms`` is counted on; bag time, where a bag gives the time.
+
+    Attributes:
+        latency: of the last sets, per stage.
+        anchor: as given.
     """
 
     def __init__(
@@ -107,6 +114,7 @@ class Pipeline:
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.latency = LatencyWindow()
+        self.anchor = anchor
         self._engine = engine
         self._outputs = outputs
         self._complain = complain
@@ -129,6 +137,7 @@ class Pipeline:
         self._calibration_problem = ""
         self._undecodable = [Counter() for _ in self._cameras]
         self._last_image_s: list[float | None] = [None] * len(self._cameras)
+        self._stamps = [CameraStamps() for _ in self._cameras]
         self._sets: Counter[str] = Counter()
         self._is_stopping = False
         self._busy_until_s = 0.0
@@ -145,6 +154,7 @@ class Pipeline:
         arrival = _Arrival(message, time.monotonic())
         with self._changed:
             self._last_image_s[camera] = arrival.arrived_s
+            self._stamps[camera].add(stamp_ns)
             if self._rig is not None and self._may_be_used(arrival.arrived_s):
                 self._begin_decoding(camera, arrival, self._rig[camera], self._models[camera])
             self._assembler.add(camera, stamp_ns, arrival)
@@ -212,6 +222,7 @@ class Pipeline:
                 self._ego_motion.last_reason,
                 self._calibration_problem,
                 list(self._last_image_s),
+                [stamps.cadence() for stamps in self._stamps],
             )
 
     # The inference thread, top to bottom
@@ -246,16 +257,16 @@ class Pipeline:
         problem = ""
         try:
             self._engine.calibrate(rig)
-        except OccflownetError as error:
+        except Exception as error:  # were it passed on, the same rig would be tried again at once, without end
             problem = str(error)
-            self._complain("calibration", problem)
+            self._complain("calibration", f"{problem}{_traced(error)}")
         with self._changed:
             self._engine_rig, self._calibration_problem = rig, problem
 
     def _process(self, image_set: ImageSet[_Arrival]) -> None:
         rig = self._engine_rig
         images, missing, decoded_s = self._decoded(image_set, rig)
-        if missing and self._settings.missing_cameras == DROP:
+        if len(missing) == len(self._cameras) or (missing and self._settings.missing_cameras == DROP):
             self._count("undecodable")
             return
         previous_from_current = self._motion_to(image_set.stamp_ns)
@@ -368,5 +379,9 @@ class Pipeline:
         self._count("failed")
         with self._changed:
             self._ego_motion.forget("engine", f"memory forgotten after a failure: {error}")
-        where = "" if isinstance(error, OccflownetError) else "\n" + "".join(traceback.format_exception(error))
-        self._complain("engine", f"a set could not be processed: {error}{where}")
+        self._complain("engine", f"a set could not be processed: {error}{_traced(error)}")
+
+
+def _traced(error: Exception) -> str:
+    """Where an error came from, if it is none of those that a sentence explains."""
+    return "" if isinstance(error, OccflownetError) else "\n" + "".join(traceback.format_exception(error))

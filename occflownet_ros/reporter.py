@@ -81,7 +81,8 @@ class Reporter:
         self._last, self._reported_s = report, now_s
 
     def _cameras(self, now_s: float, report: PipelineReport) -> list[diagnostics.CameraReport]:
-        reports = []
+        reports, newest_ns = [], [cadence.newest_ns for cadence in report.cadences]
+        anchor_ns = newest_ns[self._pipeline.anchor]
         for camera, name in enumerate(self._engine.bundle.cameras):
             last_s = report.last_image_s[camera]
             recent: Counter[str] = report.images[camera] - self._last.images[camera]
@@ -93,6 +94,8 @@ class Reporter:
                     recent["received"] / (now_s - self._reported_s),
                     report.images[camera],
                     recent,
+                    report.cadences[camera],
+                    0.0 if None in (anchor_ns, newest_ns[camera]) else (newest_ns[camera] - anchor_ns) / 1e9,
                 )
             )
         return reports

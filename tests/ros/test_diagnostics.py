@@ -10,6 +10,7 @@ from builtin_interfaces.msg import Time
 from occflownet_core.camera import Camera, CameraRig
 from occflownet_core.errors import CalibrationError
 from occflownet_ros import diagnostics
+from occflownet_ros.cadence import Cadence
 from occflownet_ros.calibration_source import CalibrationSource, Intrinsics, cameras_of_file
 from occflownet_ros.diagnostics import ERROR, OK, WARN, CameraReport, Complaints, LatencyWindow
 from occflownet_ros.tf_adapter import TfExtrinsics
@@ -43,12 +44,40 @@ def test_latency_percentiles():
         (0.1, {"received": 12, "used": 12}, OK, "12.0 Hz"),
         (0.1, {"undecodable": 2, "out_of_order": 1}, WARN, "2 undecodable, 1 out of order in the last second"),
         (0.1, {"superseded": 9, "unmatched": 1}, OK, "12.0 Hz"),  # a slow engine is no fault of the camera
+        (0.1, {"late": 1, "absent": 4}, WARN, "1 late, absent from 4 sets in the last second"),
+        (0.1, {"received": 9, "duplicate": 9}, ERROR, "frozen: 9 images of one and the same stamp in the last second"),
+        (0.1, {"received": 9, "duplicate": 8}, WARN, "8 duplicate in the last second"),
     ],
 )
 def test_camera_status(silent_s, recent, level, message):
     status = diagnostics.camera_status(CameraReport("C", "/C/image_rect", silent_s, 12.0, {"received": 3}, recent))
     assert (status.name, status.level, status.message) == ("camera C", level, message)
     assert status.values == {"topic": "/C/image_rect", "received": 3}
+
+
+def test_images_that_a_camera_missed_are_told_and_warned_of_above_two_percent():
+    def status(missed: int, recent: dict) -> tuple[bytes, str]:
+        cadence = Cadence(0.1, 100 - missed, missed, 0)
+        told = diagnostics.camera_status(CameraReport("C", "/c", 0.1, 10.0, {}, recent, cadence))
+        assert told.values["missed"] == f"about {missed} of the last 100 images (one every 100 ms)"
+        return told.level, told.message
+
+    assert status(2, {}) == (OK, "10.0 Hz")
+    assert status(3, {}) == (WARN, "missed about 3 of the last 100 images (one every 100 ms)")
+    assert status(3, {"late": 2})[1].startswith("2 late in the last second; missed about 3 of")
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "level", "message"),
+    [
+        (-3600.04, ERROR, "stamps are 3600.0 s behind the anchor camera's; set its clock"),
+        (1.2, ERROR, "stamps are 1.2 s ahead of the anchor camera's; set its clock"),
+        (-0.9, OK, "12.0 Hz"),
+    ],
+)
+def test_a_camera_of_another_clock_is_named(ahead_s, level, message):
+    status = diagnostics.camera_status(CameraReport("C", "/c", 0.1, 12.0, {}, {}, ahead_s=ahead_s))
+    assert (status.level, status.message) == (level, message)
 
 
 @pytest.mark.parametrize(

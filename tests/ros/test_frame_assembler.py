@@ -84,7 +84,7 @@ def test_incomplete_set_at_the_deadline(missing, images):
     assembler.add(0, PERIOD, "a2")
     assembler.add(1, PERIOD + 5 * MS, "b2")
     assert assembler.take().images == ("a2", "b2")
-    assert assembler.images[1] == {"received": 2, "late": 1, "used": 1}
+    assert assembler.images[1] == {"received": 2, "absent": 1, "late": 1, "used": 1}
     if missing == DROP:
         assert assembler.images[0] == {"received": 2, "incomplete": 1, "used": 1}
         assert assembler.sets == {"opened": 2, "dropped": 1, "complete": 1, "taken": 1}
@@ -187,7 +187,7 @@ def test_invariants_over_random_streams(stream, missing, max_diff_ms):
         used = [(s.epoch, s.stamps_ns[camera]) for s in taken if s.stamps_ns[camera] is not None]
         assert len(used) == len(set(used))
         counters = assembler.images[camera]
-        assert set(counters) <= {*IMAGE_OUTCOMES, "received"}
+        assert set(counters) <= {*IMAGE_OUTCOMES, "received", "absent"}
         in_ready = assembler.ready is not None and assembler.ready.stamps_ns[camera] is not None
         accounted = sum(counters[outcome] for outcome in IMAGE_OUTCOMES) + assembler.waiting(camera) + in_ready
         assert accounted == counters["received"] == received[camera]
