@@ -229,9 +229,10 @@ class Pipeline:
 
     def _run(self) -> None:
         while not self._is_stopping:
+            free_s = time.monotonic()
             try:
                 if (image_set := self._next_set()) is not None:
-                    self._process(image_set)
+                    self._process(image_set, free_s)
             except Exception as error:
                 if self._is_stopping or not self._outputs.is_alive:
                     return
@@ -263,7 +264,9 @@ class Pipeline:
         with self._changed:
             self._engine_rig, self._calibration_problem = rig, problem
 
-    def _process(self, image_set: ImageSet[_Arrival]) -> None:
+    def _process(self, image_set: ImageSet[_Arrival], free_s: float) -> None:
+        """From a set to its outputs; ``free_s`` is when the set before was done."""
+        taken_s = time.monotonic()
         rig = self._engine_rig
         images, missing, decoded_s = self._decoded(image_set, rig)
         if len(missing) == len(self._cameras) or (missing and self._settings.missing_cameras == DROP):
@@ -276,10 +279,13 @@ class Pipeline:
         inferred_s = time.monotonic()
         self._busy_until_s = 0.0
         arrivals_s = [arrival.arrived_s for arrival in image_set.images if arrival is not None]
+        arrived_s, begun_s = max(arrivals_s), max(decoded_s, taken_s)
+        busy_s = max(free_s - arrived_s, 0.0)
         latency_ms = {
-            "receive": 1e3 * (max(arrivals_s) - min(arrivals_s)),
-            "decode": 1e3 * (decoded_s - max(arrivals_s)),
-            "wait": 1e3 * (started_s - decoded_s),
+            "receive": 1e3 * (arrived_s - min(arrivals_s)),
+            "busy": 1e3 * busy_s,
+            "decode": 1e3 * (begun_s - taken_s),
+            "wait": 1e3 * (taken_s - arrived_s - busy_s + started_s - begun_s),
             "engine": 1e3 * (inferred_s - started_s),
         }
         frame = OccupancyFrame(
@@ -294,7 +300,7 @@ class Pipeline:
         self._outputs.publish(frame)
         published_s = time.monotonic()
         latency_ms["publish"] = 1e3 * (published_s - inferred_s)
-        latency_ms["total"] = 1e3 * (published_s - max(arrivals_s))
+        latency_ms["total"] = 1e3 * (published_s - arrived_s)
         self._outputs.publish_latency(latency_ms)
         with self._changed:
             self._sets["processed"] += 1

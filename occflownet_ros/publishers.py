@@ -18,7 +18,7 @@ from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_ros import conversions
 from occflownet_ros.parameters import Settings
 
-STAGES = ("receive", "decode", "wait", "engine", "publish", "total")
+STAGES = ("receive", "busy", "decode", "wait", "engine", "publish", "total")
 """Stages of ~/latency: decode + wait + engine + publish = total, from the set's last image to the last publication;
 receive runs before them, from the set's first image to its last."""
 

@@ -110,7 +110,7 @@ def test_the_report_says_where_its_numbers_come_from(lockstep):
     assert f"threshold {threshold:g} " in report["settings"]
     assert "/" not in report["mode"]["parameters"]["bundle"]
     stages = report["frames"][1]["latency_ms"]
-    parts = stages["decode"] + stages["wait"] + stages["engine"] + stages["publish"]
+    parts = stages["busy"] + stages["decode"] + stages["wait"] + stages["engine"] + stages["publish"]
     assert parts == pytest.approx(stages["total"], abs=0.05)
 
 

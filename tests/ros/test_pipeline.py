@@ -137,7 +137,7 @@ def test_images_reach_the_engine_in_their_camera_s_place_and_stages_add_up(make)
     frame, latency_ms = it.outputs.frames[0], it.outputs.latencies[0]
     assert (frame.stamp_ns, frame.frame_id, frame.grid) == (100 * MS, "base_link", GRID)
     assert set(latency_ms) == set(STAGES) and min(latency_ms.values()) >= 0
-    parts = sum(latency_ms[stage] for stage in ("decode", "wait", "engine", "publish"))
+    parts = sum(latency_ms[stage] for stage in ("busy", "decode", "wait", "engine", "publish"))
     assert parts == pytest.approx(latency_ms["total"], abs=1e-6)
 
 
@@ -304,6 +304,9 @@ def test_newest_set_wins_while_the_engine_is_busy_and_stopping_waits_for_the_set
     it.pipeline.stop()
     assert [f.stamp_ns for f in it.outputs.frames] == [100 * MS, 400 * MS]
     assert it.pipeline.report().sets["superseded"] == 2
+    # The last set arrived while the engine slept for 100 ms over the first, which began a moment before.
+    first_ms, last_ms = (latency_ms["busy"] for latency_ms in it.outputs.latencies)
+    assert first_ms < 30 and 50 < last_ms < 110
 
 
 def test_images_of_sets_that_a_busy_engine_will_skip_are_not_decoded(make, monkeypatch):

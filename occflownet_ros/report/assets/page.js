@@ -27,7 +27,7 @@
     { name: "Close", key: "c", set: (viewer) => viewer.viewFromClose() },
   ];
   const PANE_NAMES = { prediction: "Prediction", truth: "Ground truth", difference: "Difference, within the camera mask" };
-  const CHART_COLORS = ["#1f77d0", "#e0862c", "#2f9e6e", "#9a6bd0"];
+  const CHART_COLORS = ["#1f77d0", "#e0862c", "#c2485a", "#2f9e6e", "#9a6bd0"];
 
   const state = {
     frame: 0,
@@ -304,7 +304,7 @@
   function drawCharts() {
     const colors = { ink: css("--ink"), faint: css("--faint"), grid: css("--grid"), bad: css("--bad") };
     const missed = records.map((record) => !record.published);
-    const latency = ["total", "engine", "decode", "wait"].map((stage, k) => ({ name: stage, color: CHART_COLORS[k], values: records.map((record) => record.latency_ms[stage] ?? null) }));
+    const latency = ["total", "engine", "busy", "decode", "wait"].map((stage, k) => ({ name: stage, color: CHART_COLORS[k], values: records.map((record) => record.latency_ms[stage] ?? null) }));
     charts = [];
     if (latency.some((line) => line.values.some((value) => value != null))) {
       charts.push(lineChart($("latency-chart"), times, latency, missed, colors, () => state.frame, setFrame));
