@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from PIL import Image as PillowImage
 
 from occflownet_core.camera import Camera
 from occflownet_core.errors import ImageError
 
+# A calibration is of the pixels as they are stored, whichever way up a viewer would show them.
 _REDUCED_DECODING = {
-    1: cv2.IMREAD_COLOR,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
+    1: cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION,
+    2: cv2.IMREAD_REDUCED_COLOR_2 | cv2.IMREAD_IGNORE_ORIENTATION,
+    4: cv2.IMREAD_REDUCED_COLOR_4 | cv2.IMREAD_IGNORE_ORIENTATION,
+    8: cv2.IMREAD_REDUCED_COLOR_8 | cv2.IMREAD_IGNORE_ORIENTATION,
 }
+_MOST_RESIZED_PX = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class ImageTransform:
         """The least shrinking that still covers the window; the rest is cut off left and right alike, or at the top.
 
         Cutting at the top (sky) keeps the road, as BEVDet and its descendants do.
+
+        Raises:
+            ImageError: a size is not positive, or the source is so narrow that it would have to be blown up without
+                measure.
         """
         if min(source_width_px, source_height_px, width_px, height_px) <= 0:
             raise ImageError(
@@ -52,6 +60,11 @@ class ImageTransform:
         scale = max(width_px / source_width_px, height_px / source_height_px)
         resized_width_px = max(width_px, round(source_width_px * scale))
         resized_height_px = max(height_px, round(source_height_px * scale))
+        if resized_width_px * resized_height_px > _MOST_RESIZED_PX:
+            raise ImageError(
+                f"an image of {source_width_px} x {source_height_px} would have to grow to {resized_width_px} x "
+                f"{resized_height_px} px to cover {width_px} x {height_px}; check the size in camera_info"
+            )
         return cls(
             source_width_px,
             source_height_px,
@@ -96,16 +109,8 @@ class ImageTransform:
     def reduced(self, data: bytes | np.ndarray) -> np.ndarray:
         """uint8 BGR of 1/``decoding_factor`` of the source's size (rounded up), from an encoded image. Raises as ``jpeg``."""
         data = np.frombuffer(data, dtype=np.uint8)
-        require_complete_jpeg(data)
-        factor = self.decoding_factor
-        decoded = cv2.imdecode(data, _REDUCED_DECODING[factor]) if data.size else None
-        if decoded is None:
-            raise ImageError(f"{data.size} bytes do not decode as an image; send JPEG or PNG")
-        expected = (-(-self.source_height_px // factor), -(-self.source_width_px // factor))
-        if decoded.shape[:2] != expected:
-            full = cv2.imdecode(data, cv2.IMREAD_COLOR)
-            self._require_source(full.shape[1], full.shape[0], "the image")
-        return decoded
+        self._require_source(*encoded_size_px(data), "the image")
+        return decoded(data, _REDUCED_DECODING[self.decoding_factor])
 
     @property
     def decoding_factor(self) -> int:
@@ -140,6 +145,48 @@ def crop(image: np.ndarray, left_px: int, top_px: int, width_px: int, height_px:
     if bottom > top and right > left:
         result[top - top_px : bottom - top_px, left - left_px : right - left_px] = image[top:bottom, left:right]
     return result
+
+
+def encoded_size_px(data: np.ndarray) -> tuple[int, int]:
+    """Width and height that an encoded image announces.
+
+    Read from its head alone: whatever size a damaged head claims, nothing of that size is allocated.
+
+    Args:
+        data: uint8 [n], a JPEG or PNG.
+
+    Raises:
+        ImageError: the data has no such head.
+    """
+    try:
+        with PillowImage.open(io.BytesIO(data.data), formats=("JPEG", "PNG")) as image:
+            return image.size
+    except PillowImage.DecompressionBombError:
+        raise ImageError(
+            f"the head of an image of {data.size} bytes claims more pixels than any camera has; it is damaged"
+        ) from None
+    except Exception:  # Pillow's readers of damaged heads raise whatever comes
+        raise ImageError(f"{data.size} bytes do not decode as an image; send JPEG or PNG") from None
+
+
+def decoded(data: np.ndarray, flags: int = _REDUCED_DECODING[1]) -> np.ndarray:
+    """uint8 BGR [H, W, 3] of an encoded image; see ``encoded_size_px`` for its size before decoding.
+
+    Args:
+        data: uint8 [n], a whole JPEG or PNG.
+        flags: of ``cv2.imdecode``.
+
+    Raises:
+        ImageError: the data is no decodable image, or is cut short.
+    """
+    require_complete_jpeg(data)
+    try:
+        image = cv2.imdecode(data, flags) if data.size else None
+    except cv2.error:
+        image = None
+    if image is None:
+        raise ImageError(f"{data.size} bytes do not decode as an image; send JPEG or PNG")
+    return image
 
 
 def require_complete_jpeg(data: np.ndarray) -> None:

@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from functools import cached_property
 
 import cv2
 import numpy as np
-from PIL import Image as PillowImage
-from PIL import UnidentifiedImageError
 
 from occflownet_core.errors import CalibrationError, ImageError
 from occflownet_core.poses import RecordedPose
-from occflownet_core.preprocess import ImageTransform, require_complete_jpeg
+from occflownet_core.preprocess import ImageTransform, decoded, encoded_size_px, require_complete_jpeg
 from occflownet_ros.image_encodings import bgr_image
 from occflownet_ros.transform_tree import recorded
 
@@ -165,34 +162,18 @@ def rectified_jpeg(message: object, model: CameraModel, is_rectified: bool, qual
         CalibrationError: see ``CameraModel.maps``.
     """
     rectify = model.changes_images and not is_rectified
+    data = np.asarray(message.data)
     is_compressed = hasattr(message, "format")
-    if is_compressed and not rectify and bytes(message.data[:2]) == b"\xff\xd8":
-        return _kept_jpeg(np.asarray(message.data), model), True
-    image = _decoded(np.asarray(message.data)) if is_compressed else _raw(message)
-    _require_size(image.shape[1], image.shape[0], model)
+    size_px = encoded_size_px(data) if is_compressed else (message.width, message.height)
+    _require_size(*size_px, model)
+    if is_compressed and not rectify and data[:2].tobytes() == b"\xff\xd8":
+        require_complete_jpeg(data)
+        return data.tobytes(), True
+    image = decoded(data) if is_compressed else _raw(message)
     if rectify:
         image = cv2.remap(image, *model.maps, interpolation=cv2.INTER_LINEAR)
     encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return encoded.tobytes(), False
-
-
-def _kept_jpeg(data: np.ndarray, model: CameraModel) -> bytes:
-    require_complete_jpeg(data)
-    content = data.tobytes()
-    try:
-        with PillowImage.open(io.BytesIO(content)) as image:
-            _require_size(*image.size, model)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ImageError(f"a JPEG of {len(content)} bytes has no readable head ({error}); it is damaged") from None
-    return content
-
-
-def _decoded(data: np.ndarray) -> np.ndarray:
-    require_complete_jpeg(data)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-    if image is None:
-        raise ImageError(f"{data.size} bytes do not decode as an image; send JPEG or PNG")
-    return image
 
 
 def _raw(message: object) -> np.ndarray:

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The image pipeline: sizes by hand, pixels where the camera says, bad data refused."""
 
+import io
+import struct
+import zlib
+
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from occflownet_core.camera import Camera
 from occflownet_core.errors import ImageError
@@ -75,7 +80,7 @@ def test_an_image_of_another_size_than_announced_is_refused():
         TINY.image(smooth_image(800, 450))
 
 
-@pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff\xe0 broken"])
+@pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff\xe0 broken", b"GIF89a" + bytes(60)])
 def test_what_is_no_image_is_refused(data):
     with pytest.raises(ImageError, match=r"decode as an image|cut short"):
         TINY.jpeg(data)
@@ -85,6 +90,36 @@ def test_a_truncated_jpeg_is_refused_and_not_half_grey():
     whole = jpeg(smooth_image())
     with pytest.raises(ImageError, match="cut short"):
         TINY.jpeg(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(
+    ("width_px", "height_px", "sentence"),
+    [
+        (10_000, 8_000, "10000 x 8000 but 1600 x 900 was announced"),
+        (2**31 - 1, 2**31 - 1, "claims more pixels than any camera has"),
+    ],
+)
+def test_an_image_is_judged_by_its_head_before_it_is_decoded(width_px, height_px, sentence):
+    head = b"IHDR" + struct.pack(">2I", width_px, height_px) + b"\x08\x02\0\0\0"  # 240 MB of pixels, or more
+    sums = struct.pack(">I", zlib.crc32(head))
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + sums + b"\0\0\0\x08IDAT" + bytes(20)
+    with pytest.raises(ImageError, match=sentence):
+        TINY.jpeg(bomb)
+
+
+def test_a_sliver_is_not_blown_up():
+    with pytest.raises(ImageError, match="1 x 100000 would have to grow to 352 x 35200000 px"):
+        ImageTransform.fit(1, 100_000, 352, 128)
+
+
+def test_pixels_are_taken_as_stored_whichever_way_up_a_viewer_shows_them():
+    stored = smooth_image(352, 128)
+    data = io.BytesIO()
+    turned = Image.Exif()
+    turned[0x0112] = 6  # "rotate by 90 degrees"
+    Image.fromarray(stored).save(data, "JPEG", quality=95, exif=turned)
+    as_stored = ImageTransform.fit(352, 128, 352, 128).jpeg(data.getvalue())
+    assert np.abs(as_stored.astype(int) - stored).max() <= 6
 
 
 def test_a_window_that_reaches_outside_is_black_there():
