@@ -18,10 +18,13 @@ from pathlib import Path
 import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
+from nav_msgs.msg import OccupancyGrid
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
+from sensor_msgs.msg import PointCloud2
 from std_msgs.msg import Float64, UInt8MultiArray
+from visualization_msgs.msg import MarkerArray
 
 from occflownet_core.errors import OccflownetError
 from occflownet_core.occupancy_frame import OccupancyFrame
@@ -43,6 +46,8 @@ _NODE_INPUTS = (
     "sensor_msgs/msg/CameraInfo",
     "nav_msgs/msg/Odometry",
 )
+
+_OUTPUTS = {"labels": UInt8MultiArray, "occupancy": PointCloud2, "voxels": MarkerArray, "costmap": OccupancyGrid}
 
 _TRANSITION_TIMEOUT_S = 120.0  # a machine that trains meanwhile is slow to load a model
 _STOP_TIMEOUT_S = 5.0
@@ -108,13 +113,22 @@ class Replay:
 
 
 class Recorder(Node):
-    """Subscribes to all that the node says and keeps it in a ``Replay``."""
+    """Subscribes to all that the node says and keeps it in a ``Replay``.
 
-    def __init__(self, replay: Replay) -> None:
+    Args:
+        replay: that is filled.
+        keep_frames: keep labels, 640 kB a frame. Without, nothing is kept, and every output is received, not only labels:
+            what a node costs that RViz and a planner listen to.
+    """
+
+    def __init__(self, replay: Replay, keep_frames: bool = True) -> None:
         super().__init__("occflownet_recorder")
         self._replay = replay
         queue = QoSProfile(depth=20)
-        self.create_subscription(UInt8MultiArray, f"/{NODE_NAME}/labels", self._labels, queue)
+        if keep_frames:
+            self.create_subscription(UInt8MultiArray, f"/{NODE_NAME}/labels", self._labels, queue)
+        for name, kind in {} if keep_frames else _OUTPUTS.items():
+            self.create_subscription(kind, f"/{NODE_NAME}/{name}", lambda serialised: None, queue, raw=True)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._diagnostics, queue)
         for stage in STAGES:
             self.create_subscription(Float64, f"/{NODE_NAME}/latency/{stage}", self._latency(stage), queue)
@@ -201,10 +215,10 @@ def process_environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def recording(replay: Replay) -> Iterator[None]:
+def recording(replay: Replay, keep_frames: bool = True) -> Iterator[None]:
     """Spin a recorder in a thread of its own; rclpy is initialised and shut down around it."""
     rclpy.init()
-    recorder = Recorder(replay)
+    recorder = Recorder(replay, keep_frames)
     executor = SingleThreadedExecutor()
     executor.add_node(recorder)
 
