@@ -13,8 +13,8 @@ from occflownet_core.errors import CalibrationError
 from occflownet_core.poses import RecordedPose
 from occflownet_core.rig_file import save_rig
 from occflownet_ros.bag import Bag
+from occflownet_ros.bag_decoding import decode
 from occflownet_ros.bag_keyframes import NodeInputs
-from occflownet_ros.nuscenes_messages import typestore
 from occflownet_ros.transform_tree import TransformTree
 
 _STATIC_TRANSFORMS = "/tf_static"
@@ -49,14 +49,13 @@ def save_bags_rig(bag: Path, inputs: NodeInputs, cameras: Sequence[str], base_fr
 
 
 def _first(bag: Bag, topic: str) -> object:
-    message = next(bag.messages({topic}))
-    return typestore().deserialize_cdr(message.data, message.msgtype)
+    return decode(next(bag.messages({topic})))
 
 
 def _static_tree(bag: Bag) -> TransformTree:
     tree = TransformTree()
     for message in bag.messages({_STATIC_TRANSFORMS}):
-        for stamped in typestore().deserialize_cdr(message.data, message.msgtype).transforms:
+        for stamped in decode(message).transforms:
             t, q = stamped.transform.translation, stamped.transform.rotation
             pose = RecordedPose((t.x, t.y, t.z), (q.w, q.x, q.y, q.z))
             tree.add(stamped.header.frame_id, stamped.child_frame_id, pose)

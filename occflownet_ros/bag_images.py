@@ -9,14 +9,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from rclpy.serialization import deserialize_message
-from sensor_msgs.msg import CompressedImage, Image
 
-from occflownet_core.errors import ImageError
-from occflownet_core.preprocess import ImageTransform
+from occflownet_core.errors import BagError, ImageError
+from occflownet_core.preprocess import decoded, encoded_size_px
 from occflownet_ros.bag import Bag, BagMessage
-from occflownet_ros.cdr import header_stamp_ns
-from occflownet_ros.conversions import network_image
+from occflownet_ros.bag_decoding import decode, stamp_of
+from occflownet_ros.image_encodings import bgr_image
 from occflownet_ros.report.page import thumbnail
 
 _NEAR_NS = 60_000_000
@@ -37,7 +35,7 @@ def thumbnails(
     with Bag(bag) as opened:
         stamps_ns: dict[str, list[int]] = {topic: [] for topic in topics}
         for message in opened.messages(set(topics)):
-            stamps_ns[message.topic].append(header_stamp_ns(message.data))
+            stamps_ns[message.topic].append(stamp_of(message))
         wanted: dict[tuple[str, int], list[tuple[int, int]]] = {}
         for row, moment in enumerate(moments_ns):
             for column, topic in enumerate(topics):
@@ -45,7 +43,7 @@ def thumbnails(
                 if stamp_ns is not None:
                     wanted.setdefault((topic, stamp_ns), []).append((row, column))
         for message in opened.messages(set(topics)):
-            for row, column in wanted.get((message.topic, header_stamp_ns(message.data)), ()):
+            for row, column in wanted.get((message.topic, stamp_of(message)), ()):
                 pictures[row][column] = _picture(message)
     return pictures
 
@@ -56,11 +54,16 @@ def _nearest(stamps_ns: Sequence[int], stamp_ns: int) -> int | None:
 
 
 def _picture(message: BagMessage) -> np.ndarray | None:
-    if message.msgtype == "sensor_msgs/msg/CompressedImage":
-        data = np.frombuffer(deserialize_message(message.data, CompressedImage).data, dtype=np.uint8)
-        decoded = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-        return None if decoded is None else thumbnail(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB))
-    image = deserialize_message(message.data, Image)
-    with contextlib.suppress(ImageError):  # what the node could not read either is not shown
-        return thumbnail(network_image(image, ImageTransform.fit(image.width, image.height, image.width, image.height)))
+    """None of an image that the node could not read either, or that is damaged."""
+    with contextlib.suppress(ImageError, BagError):
+        return thumbnail(cv2.cvtColor(_image(decode(message)), cv2.COLOR_BGR2RGB))
     return None
+
+
+def _image(message: object) -> np.ndarray:
+    """uint8 BGR [H, W, 3] of a decoded image message."""
+    data = np.asarray(message.data)
+    if hasattr(message, "format"):
+        encoded_size_px(data)  # refuses the absurd before anything is allocated
+        return decoded(data)
+    return bgr_image(data, message.encoding, message.width, message.height, message.step, bool(message.is_bigendian))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from occflownet_core.errors import BagError
 from occflownet_ros.bag import Bag, BagMessage
-from occflownet_ros.cdr import header_stamp_ns
+from occflownet_ros.bag_decoding import decode, stamp_of
 
 KEYFRAME_TOPIC = "/keyframe"
 
@@ -147,13 +147,11 @@ def _nearest_ns(stamps_ns: Sequence[int], stamp_ns: int, limit_ns: float) -> int
 
 def read_keyframes(bag: Bag, inputs: NodeInputs, anchor: int, max_diff_ms: float) -> list[BagKeyframe]:
     """The bag's keyframes, as ``/keyframe`` (std_msgs/Header) marks them, in order of time; none where it has none."""
-    from occflownet_ros.nuscenes_messages import typestore
-
     markers, stamps_ns = [], {topic: [] for topic in inputs.images}
     for message in bag.messages({KEYFRAME_TOPIC, *inputs.images}):
-        stamp_ns = header_stamp_ns(message.data)
+        stamp_ns = stamp_of(message)
         if message.topic == KEYFRAME_TOPIC:
-            markers.append((stamp_ns, typestore().deserialize_cdr(message.data, message.msgtype).frame_id))
+            markers.append((stamp_ns, decode(message).frame_id))
         else:
             stamps_ns[message.topic].append(stamp_ns)
     return keyframes_of(markers, [sorted(set(stamps_ns[topic])) for topic in inputs.images], anchor, max_diff_ms)
@@ -177,7 +175,7 @@ def keyframe_messages(
     odometry: list[BagMessage] = []
     pose_ns = None
     for message in messages:
-        stamp_ns = header_stamp_ns(message.data)
+        stamp_ns = stamp_of(message)
         if message.topic in inputs.infos:
             infos[message.topic] = message
         elif message.topic == inputs.odometry:

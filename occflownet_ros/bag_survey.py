@@ -7,12 +7,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 
-from occflownet_core.errors import BagError, CalibrationError, GeometryError
+from occflownet_core.errors import CalibrationError, GeometryError
 from occflownet_core.poses import RecordedPose
 from occflownet_core.rig_file import load_rig
-from occflownet_ros.bag import Bag, BagMessage
+from occflownet_ros.bag import Bag
+from occflownet_ros.bag_decoding import decode
 from occflownet_ros.camera_model import CameraModel
-from occflownet_ros.nuscenes_messages import LIDARSEG_FIELD, typestore
+from occflownet_ros.nuscenes_messages import LIDARSEG_FIELD
 from occflownet_ros.point_cloud import field_names
 from occflownet_ros.topic_guess import (
     CAMERA_INFO,
@@ -29,21 +30,6 @@ from occflownet_ros.transform_tree import FramePath, PoseTrack, TransformTree, r
 
 LIDAR = "LIDAR_TOP"
 _FRAMES_SHOWN = 12
-
-
-def decode(message: BagMessage) -> object:
-    """The message as an object of rosbags' types.
-
-    Raises:
-        BagError: its bytes are not what its type says.
-    """
-    try:
-        return typestore().deserialize_cdr(message.data, message.msgtype)
-    except Exception as error:  # a damaged message makes rosbags raise nearly anything
-        raise BagError(
-            f"the message of {message.topic} at {message.time_ns} ns is no readable {message.msgtype} "
-            f"({type(error).__name__}); leave its topic out with --map, or record it again"
-        ) from None
 
 
 def nanoseconds(stamp: object) -> int:

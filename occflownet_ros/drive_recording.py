@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from occflownet_core.errors import BagError
 from occflownet_ros.bag import BagMessage
-from occflownet_ros.bag_survey import LIDAR, Survey, decode, nanoseconds, require_usable
+from occflownet_ros.bag_decoding import decode, stamp_of
+from occflownet_ros.bag_survey import LIDAR, Survey, nanoseconds, require_usable
 from occflownet_ros.camera_model import CameraModel
-from occflownet_ros.cdr import header_stamp_ns
 from occflownet_ros.topic_map import CameraTopics
 
 Progress = Callable[[int, int], None]
@@ -127,21 +125,6 @@ def _readers(survey: Survey, recording: Recording) -> dict[str, list[Callable[[B
     if marks:
         read(marks, lambda message: recording.keyframes.append(_mark(message)))
     return readers
-
-
-def stamp_of(message: BagMessage) -> int:
-    """Nanoseconds of a serialised message that begins with a std_msgs/Header; the rest is not read.
-
-    Raises:
-        BagError: the message is too short for one.
-    """
-    try:
-        return header_stamp_ns(message.data)
-    except (struct.error, IndexError):
-        raise BagError(
-            f"the message of {message.topic} at {message.time_ns} ns has {len(message.data)} bytes, too few for a "
-            "header; leave its topic out with --map, or record it again"
-        ) from None
 
 
 def _add_model(history: CameraHistory, message: BagMessage, topics: CameraTopics) -> None:

@@ -14,10 +14,11 @@ from occflownet_core.camera import Camera, CameraRig
 from occflownet_core.errors import BagError, ImageError
 from occflownet_core.nuscenes_tables import NuscenesTables, point_labels_file, stable_token, write_blank_map
 from occflownet_core.rig_file import save_rig
-from occflownet_ros.bag_survey import LIDAR, Survey, decode
+from occflownet_ros.bag_decoding import decode, stamp_of
+from occflownet_ros.bag_survey import LIDAR, Survey
 from occflownet_ros.camera_model import rectified_jpeg
 from occflownet_ros.drive_plan import Measurement, Plan, PlannedKeyframe
-from occflownet_ros.drive_recording import Progress, stamp_of
+from occflownet_ros.drive_recording import Progress
 from occflownet_ros.point_cloud import deskewed, sweep_of_cloud
 
 _MAP_FILE = "maps/blank.png"

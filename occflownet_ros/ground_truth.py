@@ -4,6 +4,7 @@ and the scores of predictions against it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from occflownet_core import poses
-from occflownet_core.errors import DatasetError
+from occflownet_core.errors import BagError, DatasetError
 from occflownet_core.evaluation import OccupancyEvaluation
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import FREE
 from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_core.ray_metrics import ray_origins_m
-from occflownet_ros.bag import Bag
+from occflownet_ros.bag import Bag, BagMessage
+from occflownet_ros.bag_decoding import decode, stamp_of
 from occflownet_ros.bag_keyframes import KEYFRAME_TOPIC
-from occflownet_ros.cdr import header_stamp_ns
-from occflownet_ros.nuscenes_messages import typestore
 from occflownet_ros.nuscenes_scene import read_labels
 
 LIDAR_FRAME = "LIDAR_TOP"
@@ -100,12 +100,12 @@ def _read(bag: Path, with_labels: bool) -> _BagContent:
     topics = _TOPICS if with_labels else _TOPICS - {_LABELS, _MASK}
     with Bag(bag) as opened:
         for message in opened.messages(topics=topics):
-            decoded = typestore().deserialize_cdr(message.data, message.msgtype)
+            decoded = decode(message)
             if message.topic == KEYFRAME_TOPIC:
-                content.tokens[header_stamp_ns(message.data)] = decoded.frame_id
+                content.tokens[stamp_of(message)] = decoded.frame_id
             elif message.topic == "/odom":
                 pose = decoded.pose.pose
-                content.ego_poses[header_stamp_ns(message.data)] = _pose(pose.position, pose.orientation)
+                content.ego_poses[stamp_of(message)] = _pose(pose.position, pose.orientation)
             elif message.topic == "/tf_static":
                 lidar = [t.transform for t in decoded.transforms if t.child_frame_id == LIDAR_FRAME]
                 if lidar:
@@ -114,9 +114,18 @@ def _read(bag: Path, with_labels: bool) -> _BagContent:
                 # The message has no stamp: it is recorded at its keyframe's.
                 target = content.labels if message.topic == _LABELS else content.masks
                 shape = tuple(dim.size for dim in decoded.layout.dim)
-                target[message.time_ns] = np.asarray(decoded.data, dtype=np.uint8).reshape(shape)
+                target[message.time_ns] = _label_array(np.asarray(decoded.data, dtype=np.uint8), shape, message)
     content.tokens = dict(sorted(content.tokens.items()))
     return content
+
+
+def _label_array(values: np.ndarray, shape: tuple[int, ...], message: BagMessage) -> np.ndarray:
+    if values.size != math.prod(shape):
+        raise BagError(
+            f"the message of {message.topic} at {message.time_ns} ns holds {values.size} labels where its layout says "
+            f"{' x '.join(map(str, shape))}; record it again, or give the labels with --gt"
+        )
+    return values.reshape(shape)
 
 
 def _read_labels(content: _BagContent, dataroot: Path, bag: Path) -> None:

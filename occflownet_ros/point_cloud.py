@@ -17,6 +17,7 @@ _INTENSITY = ("intensity", "reflectivity", "reflectance", "i")
 _RING = ("ring", "channel", "line", "laser_id")
 _ABSOLUTE_FROM_S = 86_400.0
 _DESKEW_STEP_NS = 1_000_000
+_LONGEST_POINT = 1 << 16
 _NOISE = LIDARSEG_NAMES.index("noise")
 
 
@@ -54,7 +55,8 @@ def sweep_of_cloud(message: object, stamp_ns: int, lidar: LidarTopic) -> Sweep:
     columns = [_column(table, names) for names in (("x",), ("y",), ("z",), _INTENSITY, _RING)]
     if any(column is None for column in columns[:3]):
         raise BagError(f"the clouds on {lidar.topic} have no x, y and z but {', '.join(table.dtype.names)}")
-    points = np.stack([np.zeros(len(table)) if c is None else c for c in columns], axis=1).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is too large for float32 is no return
+        points = np.stack([np.zeros(len(table)) if c is None else c for c in columns], axis=1).astype(np.float32)
     kept = np.isfinite(points[:, :3]).all(axis=1) & points[:, :3].any(axis=1)
     labels = _require(table, lidar.label_field, lidar.topic)[kept] if lidar.label_field else None
     times = _require(table, lidar.time_field, lidar.topic)[kept] if lidar.time_field else None
@@ -116,16 +118,7 @@ def deskewed(sweep: Sweep, stamp_ns: int, global_from_lidar: Callable[[int], np.
 
 def _table(message: object, topic: str) -> np.ndarray:
     """The points as a structured array [n]."""
-    known = [field for field in message.fields if field.datatype in _DTYPES]
-    order = ">" if message.is_bigendian else "<"
-    layout = np.dtype(
-        {
-            "names": [field.name for field in known],
-            "formats": [order + _DTYPES[field.datatype] for field in known],
-            "offsets": [field.offset for field in known],
-            "itemsize": message.point_step,
-        }
-    )
+    layout = _layout(message, topic)
     data, used = np.asarray(message.data, dtype=np.uint8), message.width * message.point_step
     if data.size < message.row_step * message.height or message.row_step < used:
         raise BagError(
@@ -134,6 +127,29 @@ def _table(message: object, topic: str) -> np.ndarray:
         )
     rows = data[: message.row_step * message.height].reshape(message.height, message.row_step)[:, :used]
     return np.frombuffer(np.ascontiguousarray(rows).tobytes(), dtype=layout)
+
+
+def _layout(message: object, topic: str) -> np.dtype:
+    """What a point's bytes mean; of fields with one name the first counts."""
+    order = ">" if message.is_bigendian else "<"
+    fields = {}
+    for field in message.fields:
+        if field.datatype in _DTYPES and field.name:
+            fields.setdefault(field.name, (np.dtype(order + _DTYPES[field.datatype]), field.offset))
+    ends = [kind.itemsize + offset for kind, offset in fields.values()]
+    if not max(ends, default=1) <= message.point_step <= _LONGEST_POINT:
+        raise BagError(
+            f"a cloud on {topic} has fields that end at byte {max(ends, default=0)} of points of {message.point_step} "
+            "bytes; its field offsets or its point_step are wrong: correct its driver"
+        )
+    return np.dtype(
+        {
+            "names": list(fields),
+            "formats": [kind for kind, _ in fields.values()],
+            "offsets": [offset for _, offset in fields.values()],
+            "itemsize": message.point_step,
+        }
+    )
 
 
 def _column(table: np.ndarray, names: tuple[str, ...]) -> np.ndarray | None:
@@ -152,6 +168,7 @@ def _times_ns(times: np.ndarray, stamp_ns: int, unit_s: float) -> np.ndarray:
     if not times.size:
         return np.zeros(0, dtype=np.int64)
     offsets_ns = times.astype(np.float64) * (unit_s * 1e9)
-    if np.abs(offsets_ns).max() < _ABSOLUTE_FROM_S * 1e9:
-        return stamp_ns + offsets_ns.astype(np.int64)
-    return offsets_ns.astype(np.int64)
+    is_relative = np.median(np.abs(offsets_ns)) < _ABSOLUTE_FROM_S * 1e9  # whatever a few damaged points say
+    damaged = ~(np.abs(offsets_ns) < np.iinfo(np.int64).max // 2)
+    offsets_ns[damaged] = 0 if is_relative else stamp_ns
+    return offsets_ns.astype(np.int64) + (stamp_ns if is_relative else 0)
