@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.installed
 
-.PHONY: help demo test bench ablation lint clean
+.PHONY: help demo test bench soak ablation lint clean
 
 help:
 	@echo "make demo    replay the demo bag through the node over DDS; table, out/demo/report.json, out/demo/voxels.png"
 	@echo "make test    install everything and run the whole test suite"
 	@echo "make bench   print the benchmark tables and write out/bench/*.json"
+	@echo "make soak    twenty minutes of the node at full rate: memory, file handles, threads"
 	@echo "make ablation  measure what each idea of the training buys (hours; goes on where it stopped); docs/ablation.md"
 	@echo "make lint    ruff check and format check"
 	@echo "make clean   remove .venv and out"
@@ -48,8 +49,12 @@ test: $(STAMPS)-test
 
 bench: $(STAMPS)-test
 	$(BIN)/python -m benchmarks.pipeline --out out/bench
+	$(BIN)/python -m benchmarks.assembler --out out/bench
 	$(BIN)/python -m benchmarks.data --out out/bench
 	$(BIN)/python -m benchmarks.rendering --out out/bench
+
+soak: $(STAMPS)-test
+	$(BIN)/python -m benchmarks.soak --out out/bench
 
 ABLATION := out/ablation
 MINICITY = $(BIN)/python -m training.data.minicity --image-size 480x270 --force

@@ -36,6 +36,8 @@ class Figure:
 
     @property
     def ratio(self) -> float:
+        if self.reference == 0:
+            return 1.0 if self.value == 0 else float("inf")
         return self.value / self.reference
 
 
