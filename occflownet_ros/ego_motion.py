@@ -14,6 +14,7 @@ from occflownet_core.errors import GeometryError
 _BUFFER_NS = 20_000_000_000
 _TIME_JUMP_NS = 1_000_000_000
 _POSITION_NOISE_M = 0.5
+_FARTHEST_M = 1e9
 
 
 class PoseBuffer:
@@ -36,11 +37,14 @@ class PoseBuffer:
         """Append ``odom_from_base`` at a moment; a step back of more than a second empties the buffer first.
 
         Raises:
-            GeometryError: the position or quaternion is no pose (NaN, all zero); the buffer is left as it was.
+            GeometryError: the position or quaternion is no pose (NaN, all zero, not on Earth); the buffer is left as it
+                was.
         """
         self.counters["received"] += 1
         try:
             odom_from_base = poses.pose(position_m, quaternion_wxyz)
+            if np.abs(position_m).max() > _FARTHEST_M:
+                raise GeometryError(f"position {position_m.tolist()} m is not on Earth; check what publishes it")
         except GeometryError:
             self.counters["refused"] += 1
             raise
