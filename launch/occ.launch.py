@@ -37,6 +37,7 @@ _ARGUMENTS = (
     ("calibration_file", "", "YAML file with the cameras' extrinsics; empty: extrinsics from /tf_static."),
     ("camera_namespaces", "", "Comma-separated namespaces, in the bundle's order; empty: /<camera of the bundle>."),
     ("image_transport", "", "compressed or raw; empty: as params_file says."),
+    ("ego_motion", "", "odometry, tf or none; empty: as params_file says (odometry)."),
     ("odom_topic", "", "nav_msgs/Odometry; empty: as params_file says (/odom)."),
     ("use_sim_time", "false", "true: time from /clock, as when a bag plays."),
     ("namespace", "", "Namespace of the node."),
@@ -91,8 +92,8 @@ def _node(context: LaunchContext) -> list:
     def value(name: str) -> str:
         return LaunchConfiguration(name).perform(context)
 
-    given = {name: value(name) for name in ("bundle", "calibration_file", "image_transport", "odom_topic")}
-    parameters = {name: text for name, text in given.items() if text}
+    named = ("bundle", "calibration_file", "image_transport", "ego_motion", "odom_topic")
+    parameters = {name: value(name) for name in named if value(name)}
     namespaces = [part.strip() for part in value("camera_namespaces").split(",") if part.strip()]
     if namespaces:
         parameters["camera_namespaces"] = namespaces

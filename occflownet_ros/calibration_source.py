@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,7 @@ import numpy as np
 from occflownet_core.camera import Camera, CameraRig
 from occflownet_core.errors import CalibrationError, OccflownetError
 from occflownet_ros.camera_model import CameraModel
-
-ExtrinsicLookup = Callable[[str], "np.ndarray | None"]
-"""``base_from_frame`` [4, 4] of an optical frame's name, None while it is unknown."""
+from occflownet_ros.live_transforms import TfExtrinsics
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,8 @@ class CalibrationSource:
     Args:
         names: the network's cameras, in its order.
         info_topics: where each camera's intrinsics are awaited (for the sentence that names what is missing).
-        base_frame: the ego frame (likewise).
         file_cameras: cameras of a calibration file in the same order, or None.
-        lookup: extrinsics by frame where no file gives them, or None.
+        tf: extrinsics by frame where no file gives them, else None.
         use_file_intrinsics: take intrinsics from the file and wait for no camera_info.
 
     Attributes:
@@ -93,9 +90,8 @@ class CalibrationSource:
         self,
         names: Sequence[str],
         info_topics: Sequence[str],
-        base_frame: str,
         file_cameras: Sequence[Camera] | None,
-        lookup: ExtrinsicLookup | None,
+        tf: TfExtrinsics | None,
         use_file_intrinsics: bool,
     ) -> None:
         self.rig: CameraRig | None = None
@@ -104,10 +100,10 @@ class CalibrationSource:
         self.changes = 0
         self._names = tuple(names)
         self._info_topics = tuple(info_topics)
-        self._base_frame = base_frame
         self._file_cameras = file_cameras
-        self._lookup = lookup
+        self._tf = tf
         self._intrinsics: list[Intrinsics | None] = [None] * len(self._names)
+        self._refusals: dict[int, str] = {}
         if use_file_intrinsics:
             self._intrinsics = [
                 Intrinsics(camera.name, camera.width_px, camera.height_px, tuple(camera.intrinsic.ravel().tolist()))
@@ -117,9 +113,15 @@ class CalibrationSource:
 
     def set_intrinsics(self, camera: int, intrinsics: Intrinsics) -> bool:
         """Take over a camera_info; True if the rig changed."""
-        if intrinsics == self._intrinsics[camera]:
+        if intrinsics == self._intrinsics[camera] and camera not in self._refusals:
             return False
         self._intrinsics[camera] = intrinsics
+        self._refusals.pop(camera, None)
+        return self.refresh()
+
+    def refuse_intrinsics(self, camera: int, reason: str) -> bool:
+        """A camera_info came that cannot be used: there is no rig until there is a better one. True if there was."""
+        self._refusals[camera] = reason
         return self.refresh()
 
     def refresh(self) -> bool:
@@ -138,16 +140,15 @@ class CalibrationSource:
         return changed
 
     def _build(self) -> CameraRig:
+        if self._refusals:
+            raise CalibrationError(next(iter(self._refusals.values())))
         silent = [topic for topic, i in zip(self._info_topics, self._intrinsics, strict=True) if i is None]
         if silent:
             raise CalibrationError(f"no camera_info yet on {', '.join(silent)}; publish it, or check the namespaces")
         extrinsics = [self._extrinsic(camera) for camera in range(len(self._names))]
         unknown = [i.frame_id for i, e in zip(self._intrinsics, extrinsics, strict=True) if e is None]
         if unknown:
-            raise CalibrationError(
-                f"no transform from {self._base_frame} to {', '.join(unknown)} on /tf_static; "
-                "publish them, or set the parameter calibration_file"
-            )
+            raise CalibrationError(self._tf.problem(unknown))
         return CameraRig(
             tuple(
                 Camera(name, i.width_px, i.height_px, i.array(), extrinsic)
@@ -159,16 +160,10 @@ class CalibrationSource:
         models = tuple(i.model if i.model is not None and i.model.changes_images else None for i in self._intrinsics)
         for model in models:
             if model is not None:
-                model.require_known_distortion()
+                model.require_usable()
         return models
 
     def _extrinsic(self, camera: int) -> np.ndarray | None:
         if self._file_cameras is not None:
             return self._file_cameras[camera].ego_from_camera
-        extrinsic = self._lookup(self._intrinsics[camera].frame_id) if self._lookup else None
-        model = self._intrinsics[camera].model
-        if extrinsic is None or model is None:
-            return extrinsic
-        rectified = extrinsic.copy()
-        rectified[:3, :3] = extrinsic[:3, :3] @ model.rectified_from_camera.T
-        return rectified
+        return self._tf.of(self._intrinsics[camera].frame_id)

@@ -10,12 +10,11 @@ import cv2
 import numpy as np
 
 from occflownet_core.errors import CalibrationError, ImageError
-from occflownet_core.poses import RecordedPose
 from occflownet_core.preprocess import ImageTransform, decoded, encoded_size_px, require_complete_jpeg
 from occflownet_ros.image_encodings import bgr_image
-from occflownet_ros.transform_tree import recorded
 
 _PINHOLE_MODELS = {"plumb_bob": (4, 5), "rational_polynomial": (8,), "thin_prism": (12,), "": (0,)}
+_ROTATION_TOLERANCE = 1e-4
 _FISHEYE_MODELS = {"equidistant": (4,), "fisheye": (4,)}
 
 
@@ -24,7 +23,8 @@ class CameraModel:
     """A sensor_msgs/CameraInfo (see its definition for D, K, R and P), comparable by value.
 
     Attributes:
-        frame_id: optical frame.
+        frame_id: optical frame: of the rectified camera, as image_geometry and stereo_image_proc take it (they project
+            points of this frame by P alone). R turns the sensor behind it.
         width_px, height_px: image size.
         distortion_model, distortion: name and D.
         matrix: K, row by row.
@@ -75,7 +75,7 @@ class CameraModel:
 
     @cached_property
     def rectified_from_camera(self) -> np.ndarray:
-        """Rotation [3, 3] from the camera's frame to the rectified image's: the identity but for stereo pairs."""
+        """Rotation [3, 3] from the sensor to the rectified camera: the identity but for stereo pairs."""
         rotation = np.array(self.rectification).reshape(3, 3)
         return rotation if rotation.any() else np.eye(3)
 
@@ -85,23 +85,15 @@ class CameraModel:
         same_matrix = np.array_equal(self.intrinsic.ravel(), self.matrix)
         return any(self.distortion) or not same_matrix or not np.array_equal(self.rectified_from_camera, np.eye(3))
 
-    def mount(self, ego_from_camera: RecordedPose) -> RecordedPose:
-        """The rectified camera's pose; as recorded unless R turns it."""
-        if np.array_equal(self.rectified_from_camera, np.eye(3)):
-            return ego_from_camera
-        camera_from_rectified = np.eye(4)
-        camera_from_rectified[:3, :3] = self.rectified_from_camera.T
-        return recorded(ego_from_camera.matrix @ camera_from_rectified)
-
     @cached_property
     def maps(self) -> tuple[np.ndarray, np.ndarray]:
-        """For ``cv2.remap``: where each rectified pixel is in the sensor's image. Raises as ``require_known_distortion``."""
+        """For ``cv2.remap``: where each rectified pixel is in the sensor's image. Raises as ``require_usable``."""
         return self._maps(self.intrinsic, self.width_px, self.height_px)
 
     def network_maps(self, transform: ImageTransform) -> tuple[np.ndarray, np.ndarray]:
         """For ``cv2.remap``: where each pixel of the network's image is in the sensor's, reduced by ``decoding_factor``.
 
-        Rectifying, resizing and cropping in one lookup. Raises as ``require_known_distortion``.
+        Rectifying, resizing and cropping in one lookup. Raises as ``require_usable``.
         """
         scale_x = transform.resized_width_px / transform.source_width_px
         scale_y = transform.resized_height_px / transform.source_height_px
@@ -117,12 +109,30 @@ class CameraModel:
         factor = transform.decoding_factor
         return cv2.convertMaps((x + 0.5) / factor - 0.5, (y + 0.5) / factor - 0.5, cv2.CV_16SC2)
 
-    def require_known_distortion(self) -> None:
+    def require_usable(self) -> None:
         """Check that images can be rectified.
 
         Raises:
-            CalibrationError: the distortion model is not known, or has another number of coefficients.
+            CalibrationError: a focal length of K is not positive and finite, R is no rotation, or the distortion model is
+                not known, has another number of coefficients, or one that is not finite.
         """
+        focal_px = self.matrix[0], self.matrix[4]
+        if not (np.isfinite(self.matrix).all() and min(focal_px) > 0):
+            raise CalibrationError(
+                f"the camera_info of {self.frame_id} has fx = {focal_px[0]:g}, fy = {focal_px[1]:g} px in K and must have "
+                "positive ones to rectify its images: calibrate the camera"
+            )
+        turn = self.rectified_from_camera
+        if not np.abs(turn @ turn.T - np.eye(3)).max() < _ROTATION_TOLERANCE or np.linalg.det(turn) < 0:
+            raise CalibrationError(
+                f"the camera_info of {self.frame_id} has an R that is no rotation, {np.round(turn, 4).tolist()}; "
+                "give a rotation, or all zero for none"
+            )
+        if not np.isfinite(self.distortion).all():
+            raise CalibrationError(
+                f"the camera_info of {self.frame_id} has distortion coefficients {list(self.distortion)}; "
+                "all must be finite: calibrate the camera"
+            )
         counts = (_PINHOLE_MODELS | _FISHEYE_MODELS).get(self.distortion_model)
         if counts is None or (len(self.distortion) not in counts and any(self.distortion)):
             known = ", ".join(name for name in (*_PINHOLE_MODELS, *_FISHEYE_MODELS) if name)
@@ -132,13 +142,13 @@ class CameraModel:
             )
 
     def _maps(self, intrinsic: np.ndarray, width_px: int, height_px: int) -> tuple[np.ndarray, np.ndarray]:
-        self.require_known_distortion()
+        self.require_usable()
         make = cv2.fisheye.initUndistortRectifyMap
         if self.distortion_model not in _FISHEYE_MODELS:
             make = cv2.initUndistortRectifyMap
         return make(
             np.array(self.matrix).reshape(3, 3),
-            np.array(self.distortion or (0.0,) * 4),
+            np.array(self.distortion if any(self.distortion) else (0.0,) * 4),  # zeros may come in any number
             self.rectified_from_camera,
             intrinsic,
             (width_px, height_px),

@@ -16,6 +16,7 @@ from occflownet_ros.cadence import UNKNOWN_CADENCE, Cadence
 OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR
 
 CAMERA_TIMEOUT_S = 1.0
+POSE_TIMEOUT_S = 1.0
 CLOCKS_DIFFER_S = 1.0
 """Stamps this far from the anchor camera's are of another clock: no camera is that late."""
 _REPEAT_S = 10.0
@@ -149,17 +150,53 @@ def calibration_status(problem: str, changes: int) -> Status:
     return Status("calibration", ERROR if problem else OK, problem or "complete", values)
 
 
-def ego_motion_status(
-    topic: str, counters: Mapping[str, int], resets: Mapping[str, int], recent_resets: Mapping[str, int], reason: str
-) -> Status:
-    values = {"topic": topic, **counters, **{f"reset {cause}": n for cause, n in resets.items()}}
-    if not topic:
-        return Status("ego motion", OK, "off: odom_topic is empty", values)
-    if not counters.get("received"):
-        return Status("ego motion", WARN, f"no odometry yet on {topic}; the network runs without memory", values)
-    if any(n for cause, n in recent_resets.items() if cause != "first_set"):
-        return Status("ego motion", WARN, reason or "memory was reset in the last second", values)
-    return Status("ego motion", OK, "following odometry", values)
+@dataclass(frozen=True)
+class EgoMotionReport:
+    """What is known of the ego motion at one moment.
+
+    Attributes:
+        source: where poses come from, in words; empty where none are followed.
+        trouble: what is missing, should no pose have come yet.
+        silent_s: since the last pose, None before the first.
+        counters: the pose buffer's.
+        recent: the same, since the report before.
+        resets: of the network's memory, by cause.
+        recent_resets: the same, since the report before.
+        reason: of the latest reset.
+    """
+
+    source: str
+    trouble: str
+    silent_s: float | None
+    counters: Mapping[str, int]
+    recent: Mapping[str, int]
+    resets: Mapping[str, int]
+    recent_resets: Mapping[str, int]
+    reason: str
+
+
+def ego_motion_status(report: EgoMotionReport) -> Status:
+    """Without poses the network works, but forgets: never more than a warning."""
+    values = {
+        "source": report.source,
+        **report.counters,
+        **{f"reset {cause}": n for cause, n in report.resets.items()},
+    }
+    refused = report.recent.get("refused", 0)
+    level, message = WARN, ""
+    if not report.source:
+        level, message = OK, "off: ego_motion is none, or odom_topic is empty"
+    elif refused:
+        message = f"{refused} poses refused in the last second"
+    elif report.silent_s is None:
+        message = f"{report.trouble}; the network runs without memory"
+    elif report.silent_s > POSE_TIMEOUT_S:
+        message = f"no {report.source} for {report.silent_s:.1f} s; the network runs without memory"
+    elif any(n for cause, n in report.recent_resets.items() if cause != "first_set"):
+        message = report.reason or "memory was reset in the last second"
+    else:
+        level, message = OK, f"following {report.source}"
+    return Status("ego motion", level, message, values)
 
 
 def diagnostic_array(stamp, node_name: str, hardware_id: str, statuses: Sequence[Status]) -> DiagnosticArray:

@@ -154,7 +154,7 @@ class Planner:
         if channel == LIDAR:
             return Measurement(channel, topic, stamp_ns, mount, ego, None)
         model = self.recording.models[channel].at(stamp_ns)
-        return Measurement(channel, topic, stamp_ns, model.mount(mount), ego, model)
+        return Measurement(channel, topic, stamp_ns, mount, ego, model)
 
     def _scenes(self, keyframes: Sequence[PlannedKeyframe]) -> list[list[PlannedKeyframe]]:
         """Cut where keyframes are missing, and where a scene gets too long."""

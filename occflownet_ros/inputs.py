@@ -17,9 +17,10 @@ from occflownet_core.errors import CalibrationError, GeometryError
 from occflownet_ros import conversions
 from occflownet_ros.calibration_source import CalibrationSource
 from occflownet_ros.diagnostics import Complaints
+from occflownet_ros.live_transforms import TfExtrinsics
 from occflownet_ros.parameters import Settings
 from occflownet_ros.pipeline import Pipeline
-from occflownet_ros.tf_adapter import TfExtrinsics
+from occflownet_ros.tf_adapter import TfListener
 
 _ODOMETRY_DEPTH = 50
 _IMAGE_TOPICS = {  # below a camera's namespace, by image_transport and rectify; named as image_proc names them
@@ -29,6 +30,11 @@ _IMAGE_TOPICS = {  # below a camera's namespace, by image_transport and rectify;
     ("raw", True): "image_raw",
 }
 _CDR_STAMP_END = 12  # encapsulation header, then the header's stamp
+
+
+def needs_tf(settings: Settings) -> bool:
+    """Whether the node listens to transforms."""
+    return not settings.calibration_file or settings.follows == "tf"
 
 
 def camera_namespaces(settings: Settings, cameras: Sequence[str]) -> tuple[str, ...]:
@@ -50,6 +56,7 @@ class Inputs:
     Attributes:
         calibration: of all cameras.
         image_topics: of each camera.
+        ego_motion_source: in words; empty where none is followed.
     """
 
     def __init__(
@@ -70,13 +77,18 @@ class Inputs:
         self._info_content: list[bytes | None] = [None] * len(namespaces)
         suffix = _IMAGE_TOPICS[settings.image_transport, settings.rectify]
         self.image_topics = [f"{namespace}/{suffix}" for namespace in namespaces]
-        self._tf = self._make_tf() if file_cameras is None else None
+        self.ego_motion_source = {
+            "odometry": f"odometry on {settings.odom_topic}",
+            "tf": f"tf from {settings.odom_frame} to {settings.base_frame}",
+            "none": "",
+        }[settings.follows]
+        self._tf = self._make_tf() if needs_tf(settings) else None
+        self._tf_pose_ns = 0
         self.calibration = CalibrationSource(
             cameras,
             self._info_topics,
-            settings.base_frame,
             file_cameras,
-            self._tf,
+            None if file_cameras else TfExtrinsics(self._tf.transforms, settings.base_frame, self._tf.topic),
             settings.intrinsics_source == "calibration_file",
         )
         pipeline.set_rig(self.calibration.rig, self.calibration.models)
@@ -92,6 +104,14 @@ class Inputs:
             self._tf.close()
             self._tf = None
 
+    def ego_motion_trouble(self) -> str:
+        """What is missing for as long as no pose has come."""
+        settings = self._settings
+        if settings.follows != "tf":
+            return f"no {self.ego_motion_source} yet"
+        why = self._tf.transforms.trouble(settings.odom_frame, [settings.base_frame], self._tf.topic, fixed=False)
+        return f"no {self.ego_motion_source} yet: {why or 'it has not come'}"
+
     def _subscribe(self) -> None:
         settings = self._settings
         image_type = CompressedImage if settings.image_transport == "compressed" else Image
@@ -101,7 +121,7 @@ class Inputs:
         state_qos = QoSProfile(depth=_ODOMETRY_DEPTH, reliability=ReliabilityPolicy.BEST_EFFORT)
         odom_qos = QoSProfile(depth=_ODOMETRY_DEPTH, reliability=ReliabilityPolicy[settings.odom_reliability.upper()])
         subscribe = self._node.create_subscription
-        if settings.odom_topic:
+        if settings.follows == "odometry":
             self._subscriptions.append(subscribe(Odometry, settings.odom_topic, self._on_odometry, odom_qos))
         if settings.intrinsics_source == "camera_info":
             for camera, topic in enumerate(self._info_topics):
@@ -110,12 +130,15 @@ class Inputs:
         for camera, topic in enumerate(self.image_topics):
             self._subscriptions.append(subscribe(image_type, topic, partial(self._on_image, camera), image_qos))
 
-    def _make_tf(self) -> TfExtrinsics | None:
-        try:
-            return TfExtrinsics(self._node, self._settings.base_frame, self._on_static_transforms)
-        except CalibrationError as error:
-            self._complain("tf", str(error))
-            return None
+    def _make_tf(self) -> TfListener:
+        settings = self._settings
+        return TfListener(
+            self._node,
+            self._on_static_transforms,
+            self._on_moving_transforms if settings.follows == "tf" else None,
+            ReliabilityPolicy[settings.odom_reliability.upper()],
+            self._complain,
+        )
 
     def _on_image(self, camera: int, message: CompressedImage | Image) -> None:
         self._pipeline.add_image(camera, conversions.nanoseconds(message.header.stamp), message)
@@ -128,10 +151,11 @@ class Inputs:
         try:
             message = deserialize_message(serialised, CameraInfo)
             intrinsics = conversions.intrinsics_from_info(message, self._settings.rectify)
+            changed = self.calibration.set_intrinsics(camera, intrinsics)
         except CalibrationError as error:
             self._complain(f"camera_info {camera}", str(error))
-            return
-        if self.calibration.set_intrinsics(camera, intrinsics):
+            changed = self.calibration.refuse_intrinsics(camera, str(error))
+        if changed:
             self._calibration_changed()
 
     def _on_static_transforms(self) -> None:
@@ -143,6 +167,14 @@ class Inputs:
         if self.calibration.rig is not None:
             first = self.calibration.changes == 1
             self._node.get_logger().info("calibration complete" if first else "calibration changed")
+
+    def _on_moving_transforms(self) -> None:
+        """Hand on the vehicle's latest pose, if what came has to do with it."""
+        found = self._tf.transforms.newest(self._settings.odom_frame, self._settings.base_frame)
+        if found is None or found[0] in (0, self._tf_pose_ns):
+            return
+        self._tf_pose_ns, pose = found
+        self._pipeline.add_pose(self._tf_pose_ns, pose.translation_m, pose.quaternion_wxyz)
 
     def _on_odometry(self, message: Odometry) -> None:
         child = message.child_frame_id.lstrip("/")

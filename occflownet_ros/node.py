@@ -25,12 +25,13 @@ from occflownet_core.runtime.bundle import Bundle, load_bundle
 from occflownet_core.runtime.engine import Engine, create_engine, warm_up
 from occflownet_ros.calibration_source import anchor_index, cameras_of_file
 from occflownet_ros.diagnostics import Complaints
-from occflownet_ros.inputs import Inputs, camera_namespaces
+from occflownet_ros.inputs import Inputs, camera_namespaces, needs_tf
 from occflownet_ros.node_parameters import NodeParameters
 from occflownet_ros.parameters import ParameterError, Settings
 from occflownet_ros.pipeline import Pipeline
 from occflownet_ros.publishers import Outputs
 from occflownet_ros.reporter import Reporter
+from occflownet_ros.tf_adapter import require_tf
 
 _SUCCESS, _FAILURE, _ERROR = (
     TransitionCallbackReturn.SUCCESS,
@@ -88,6 +89,7 @@ class OccflownetNode(LifecycleNode):
         self._bundle = load_bundle(settings.bundle)
         anchor_index(self._bundle.cameras, settings.anchor_camera)
         self._file_cameras = self._load_calibration_file()
+        _require_tf(settings)
         self._engine = create_engine(self._bundle, settings.backend, settings.threads or None)
         warm_up(self._engine)
         self._outputs = Outputs(self, settings)
@@ -172,6 +174,13 @@ class OccflownetNode(LifecycleNode):
 
     def _bag_time_s(self) -> float:
         return self.get_clock().now().nanoseconds / 1e9
+
+
+def _require_tf(settings: Settings) -> None:
+    if settings.follows == "tf":
+        require_tf("ego_motion is tf", "set it to odometry or none")
+    if needs_tf(settings):
+        require_tf("calibration_file is empty, so extrinsics would come from /tf_static", "set calibration_file")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -102,10 +102,16 @@ class Settings:
         low=0.1,
         high=3600.0,
     )
-    odom_topic: str = _parameter("/odom", "Topic of nav_msgs/Odometry of the base frame; empty runs without memory.")
+    ego_motion: str = _parameter(
+        "odometry",
+        "Where the vehicle's motion comes from: odom_topic, tf (odom_frame to base_frame), or nowhere: without memory.",
+        choices=("odometry", "tf", "none"),
+    )
+    odom_topic: str = _parameter("/odom", "Topic of nav_msgs/Odometry of the base frame; empty is ego_motion none.")
+    odom_frame: str = _parameter("odom", "With ego_motion tf: frame that stands still and in which base_frame moves.")
     odom_reliability: str = _parameter(
         "best_effort",
-        "QoS reliability of the odometry subscription; best_effort matches every publisher.",
+        "QoS reliability of the subscription to odom_topic or /tf; best_effort matches every publisher.",
         choices=("best_effort", "reliable"),
     )
     odom_max_gap_ms: float = _parameter(
@@ -175,11 +181,21 @@ class Settings:
         settings._check_together()
         return settings
 
+    @property
+    def follows(self) -> str:
+        """What ego motion comes from in the end: odometry, tf or none."""
+        return "none" if self.ego_motion == "odometry" and not self.odom_topic else self.ego_motion
+
     def _check_together(self) -> None:
         if self.costmap_min_height_m >= self.costmap_max_height_m:
             raise ParameterError(
                 f"costmap_min_height_m is {self.costmap_min_height_m:g} and costmap_max_height_m "
                 f"{self.costmap_max_height_m:g}; the first must be lower"
+            )
+        if self.ego_motion == "tf" and self.odom_frame in ("", self.base_frame):
+            raise ParameterError(
+                f"odom_frame is '{self.odom_frame}' and base_frame '{self.base_frame}'; "
+                "ego motion from tf is that of one frame in another: name both"
             )
         if self.rectify and self.intrinsics_source == "calibration_file":
             raise ParameterError(

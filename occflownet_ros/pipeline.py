@@ -76,6 +76,7 @@ class PipelineReport:
         calibration_problem: why the engine refuses the rig, empty if it does not.
         last_image_s: arrival of each camera's last image on the monotonic clock, None before the first.
         cadences: what each camera's stamps say about images that never came.
+        last_pose_s: arrival of the last pose on the monotonic clock, None before the first.
     """
 
     images: list[Counter[str]]
@@ -86,6 +87,7 @@ class PipelineReport:
     calibration_problem: str
     last_image_s: list[float | None]
     cadences: list[Cadence]
+    last_pose_s: float | None
 
 
 class Pipeline:
@@ -138,6 +140,7 @@ class Pipeline:
         self._undecodable = [Counter() for _ in self._cameras]
         self._last_image_s: list[float | None] = [None] * len(self._cameras)
         self._stamps = [CameraStamps() for _ in self._cameras]
+        self._last_pose_s: float | None = None
         self._sets: Counter[str] = Counter()
         self._is_stopping = False
         self._busy_until_s = 0.0
@@ -161,13 +164,14 @@ class Pipeline:
             self._changed.notify()
 
     def add_pose(self, stamp_ns: int, position_m: np.ndarray, quaternion_wxyz: np.ndarray) -> None:
-        """Odometry arrived.
+        """A pose of the vehicle arrived, from odometry or from tf.
 
         Raises:
             GeometryError: it holds no pose.
         """
         with self._changed:
             self._poses.add(stamp_ns, position_m, quaternion_wxyz)
+            self._last_pose_s = time.monotonic()
             self._changed.notify()
 
     def set_rig(self, rig: CameraRig | None, models: Sequence[CameraModel | None] | None = None) -> None:
@@ -223,6 +227,7 @@ class Pipeline:
                 self._calibration_problem,
                 list(self._last_image_s),
                 [stamps.cadence() for stamps in self._stamps],
+                self._last_pose_s,
             )
 
     # The inference thread, top to bottom

@@ -47,7 +47,7 @@ class Reporter:
         self._inputs = inputs
         self._pipeline = pipeline
         self._complain = complain
-        self._started_s = self._reported_s = time.monotonic()
+        self._reported_s = self._calibrated_s = time.monotonic()
         self._last = pipeline.report()
         self._timer = node.create_timer(_PERIOD_S, self._report, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
@@ -57,8 +57,10 @@ class Reporter:
     def _report(self) -> None:
         now_s, report = time.monotonic(), self._pipeline.report()
         calibration, bundle = self._inputs.calibration, self._engine.bundle
-        if calibration.problem and now_s - self._started_s > self._settings.calibration_timeout_s:
-            self._complain("calibration", calibration.problem)
+        if not calibration.problem:
+            self._calibrated_s = now_s
+        elif (waited_s := now_s - self._calibrated_s) > self._settings.calibration_timeout_s:
+            self._complain("calibration", f"no calibration for {waited_s:.0f} s: {calibration.problem}")
         statuses = [
             diagnostics.engine_status(
                 f"{bundle.name} on {self._engine.name}",
@@ -67,18 +69,25 @@ class Reporter:
                 self._pipeline.latency,
             ),
             diagnostics.calibration_status(calibration.problem or report.calibration_problem, calibration.changes),
-            diagnostics.ego_motion_status(
-                self._settings.odom_topic,
-                report.poses,
-                report.resets,
-                report.resets - self._last.resets,
-                report.reset_reason,
-            ),
+            diagnostics.ego_motion_status(self._ego_motion(now_s, report)),
             *(diagnostics.camera_status(camera) for camera in self._cameras(now_s, report)),
         ]
         stamp = self._node.get_clock().now().to_msg()
         self._publisher.publish(diagnostics.diagnostic_array(stamp, self._node.get_name(), bundle.name, statuses))
         self._last, self._reported_s = report, now_s
+
+    def _ego_motion(self, now_s: float, report: PipelineReport) -> diagnostics.EgoMotionReport:
+        last_s = report.last_pose_s
+        return diagnostics.EgoMotionReport(
+            self._inputs.ego_motion_source,
+            self._inputs.ego_motion_trouble() if last_s is None else "",
+            None if last_s is None else now_s - last_s,
+            report.poses,
+            report.poses - self._last.poses,
+            report.resets,
+            report.resets - self._last.resets,
+            report.reset_reason,
+        )
 
     def _cameras(self, now_s: float, report: PipelineReport) -> list[diagnostics.CameraReport]:
         reports, newest_ns = [], [cadence.newest_ns for cadence in report.cadences]

@@ -12,6 +12,8 @@ import numpy as np
 from occflownet_core import poses
 from occflownet_core.poses import RecordedPose
 
+_LIVE_NS = 10_000_000_000
+
 
 class PoseTrack:
     """Poses of a frame in its parent over time.
@@ -54,6 +56,23 @@ class PoseTrack:
             return None
         fraction = (stamp_ns - first_ns) / (second_ns - first_ns)
         return recorded(poses.interpolate(self._poses[after - 1].matrix, self._poses[after].matrix, fraction))
+
+
+class LiveTrack(PoseTrack):
+    """A track that grows while its transforms arrive, and forgets what is older than ten seconds, as tf2 does."""
+
+    def __init__(self) -> None:
+        super().__init__((), max_gap_ns=_LIVE_NS)
+
+    def add(self, stamp_ns: int, recorded_pose: RecordedPose) -> None:
+        """Take over a pose; of equal stamps the first counts."""
+        place = bisect_left(self._stamps_ns, stamp_ns)
+        if place < len(self._stamps_ns) and self._stamps_ns[place] == stamp_ns:
+            return
+        self._stamps_ns.insert(place, stamp_ns)
+        self._poses.insert(place, recorded_pose)
+        old = bisect_left(self._stamps_ns, self._stamps_ns[-1] - _LIVE_NS)
+        del self._stamps_ns[:old], self._poses[:old]
 
 
 def recorded(target_from_source: np.ndarray) -> RecordedPose:
@@ -132,11 +151,11 @@ class TransformTree:
 
     def add(self, parent: str, child: str, motion: RecordedPose | PoseTrack) -> None:
         """Put a frame below another; a later word about the same child wins."""
-        self._parents[_bare(child)] = _bare(parent), motion
+        self._parents[bare(child)] = bare(parent), motion
 
     def path(self, target: str, source: str) -> FramePath | None:
         """How to express the source's coordinates in the target frame; None where nothing connects them."""
-        down, up = self._ancestors(_bare(target)), self._ancestors(_bare(source))
+        down, up = self._ancestors(bare(target)), self._ancestors(bare(source))
         common = next((frame for frame in up if frame in down), None)
         if common is None:
             return None
@@ -152,6 +171,6 @@ class TransformTree:
         return line
 
 
-def _bare(frame: str) -> str:
+def bare(frame: str) -> str:
     """Without the slash in front that old drivers give."""
     return frame.lstrip("/")

@@ -361,17 +361,6 @@ def test_jpegs_are_kept_unless_they_need_rectification():
         rectified_jpeg(message, model(width_px=161, projection=(0.0,) * 12), False, 90)
 
 
-def test_a_stereo_cameras_rectification_turns_its_frame():
-    """R takes the camera's coordinates to the rectified image's; the mount is turned back by it."""
-    turn = Rotation.from_euler("y", 10, degrees=True).as_matrix()
-    mount = RecordedPose((1, 2, 3), (1, 0, 0, 0))
-    turned = model(rectification=tuple(turn.ravel())).mount(mount)
-    in_camera = np.array([0.3, -0.2, 2.0, 1.0])
-    in_rectified = np.append(turn @ in_camera[:3], 1.0)
-    np.testing.assert_allclose(turned.matrix @ in_rectified, mount.matrix @ in_camera, atol=1e-12)
-    assert model().mount(mount) is mount
-
-
 def test_binned_images_are_refused():
     region = SimpleNamespace(width=0)
     header = SimpleNamespace(frame_id="f")

@@ -6,14 +6,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Time
+from geometry_msgs.msg import TransformStamped
 
 from occflownet_core.camera import Camera, CameraRig
 from occflownet_core.errors import CalibrationError
 from occflownet_ros import diagnostics
 from occflownet_ros.cadence import Cadence
 from occflownet_ros.calibration_source import CalibrationSource, Intrinsics, cameras_of_file
-from occflownet_ros.diagnostics import ERROR, OK, WARN, CameraReport, Complaints, LatencyWindow
-from occflownet_ros.tf_adapter import TfExtrinsics
+from occflownet_ros.diagnostics import ERROR, OK, WARN, CameraReport, Complaints, EgoMotionReport, LatencyWindow
+from occflownet_ros.live_transforms import PlainTransforms, TfExtrinsics
 
 GOOD = (1260.0, 0.0, 800.0, 0.0, 1260.0, 450.0, 0.0, 0.0, 1.0)
 
@@ -95,19 +96,29 @@ def test_engine_status(recent, level, message):
     assert status.values == {"engine": "tiny on onnxruntime", "sets processed": 9}
 
 
+def ego_motion(**changes) -> EgoMotionReport:
+    values = {"source": "odometry on /odom", "trouble": "no odometry on /odom yet", "silent_s": 0.1}
+    counts = {"counters": {"received": 3}, "recent": {}, "resets": {"gap": 2}, "recent_resets": {}, "reason": "why"}
+    return EgoMotionReport(**{**values, **counts, **changes})
+
+
 @pytest.mark.parametrize(
-    ("topic", "counters", "recent", "level", "message"),
+    ("changes", "level", "message"),
     [
-        ("", {}, {}, OK, "off: odom_topic is empty"),
-        ("/odom", {}, {}, WARN, "no odometry yet on /odom; the network runs without memory"),
-        ("/odom", {"received": 3}, {"first_set": 1}, OK, "following odometry"),
-        ("/odom", {"received": 3}, {"pose_jump": 1}, WARN, "why"),
+        ({"source": ""}, OK, "off: ego_motion is none, or odom_topic is empty"),
+        ({"silent_s": None}, WARN, "no odometry on /odom yet; the network runs without memory"),
+        ({"silent_s": None, "recent": {"received": 2, "refused": 2}}, WARN, "2 poses refused in the last second"),
+        ({"silent_s": 2.34}, WARN, "no odometry on /odom for 2.3 s; the network runs without memory"),
+        ({"recent_resets": {"first_set": 1}}, OK, "following odometry on /odom"),
+        ({"recent_resets": {"pose_jump": 1}}, WARN, "why"),
+        ({"source": "tf from odom to base_link"}, OK, "following tf from odom to base_link"),
     ],
 )
-def test_ego_motion_status(topic, counters, recent, level, message):
-    status = diagnostics.ego_motion_status(topic, counters, {"gap": 2}, recent, "why")
-    assert (status.level, status.message) == (level, message)
-    assert status.values["reset gap"] == 2
+def test_ego_motion_status(changes, level, message):
+    report = ego_motion(**changes)
+    status = diagnostics.ego_motion_status(report)
+    assert (status.name, status.level, status.message) == ("ego motion", level, message)
+    assert status.values == {"source": report.source, "received": 3, "reset gap": 2}
 
 
 def test_message():
@@ -131,13 +142,20 @@ def intrinsics(frame: str, matrix: tuple[float, ...] = GOOD) -> Intrinsics:
     return Intrinsics(frame, 1600, 900, matrix)
 
 
+def transform(parent: str, child: str, x_m: float) -> TransformStamped:
+    message = TransformStamped(child_frame_id=child)
+    message.header.frame_id = parent
+    message.transform.translation.x = x_m
+    message.transform.rotation.w = 1.0
+    return message
+
+
 def source(**changes) -> CalibrationSource:
     arguments = {
         "names": ("LEFT", "RIGHT"),
         "info_topics": ("/l/camera_info", "/r/camera_info"),
-        "base_frame": "base_link",
         "file_cameras": (camera("l", 1.0), camera("r", 2.0)),
-        "lookup": None,
+        "tf": None,
         "use_file_intrinsics": False,
     }
     return CalibrationSource(**{**arguments, **changes})
@@ -170,14 +188,31 @@ def test_bad_camera_info_takes_the_rig_away_until_it_is_good_again():
 
 
 def test_missing_frames_are_named_and_found_later():
-    known = {"l_optical": camera("").ego_from_camera}
-    calibration = source(file_cameras=None, lookup=known.get)
+    transforms = PlainTransforms()
+    calibration = source(file_cameras=None, tf=TfExtrinsics(transforms, "base_link", "/tf_static"))
     calibration.set_intrinsics(0, intrinsics("l_optical"))
     calibration.set_intrinsics(1, intrinsics("r_optical"))
-    assert calibration.problem.startswith("no transform from base_link to r_optical on /tf_static; ")
-    known["r_optical"] = camera("", 3.0).ego_from_camera
+    assert calibration.problem.startswith(
+        "no transform from base_link to l_optical, r_optical: nothing has been published on /tf_static; "
+    )
+    transforms.add(transform("base_link", "l_optical", 1.0), is_static=True)
+    assert not calibration.refresh()
+    assert calibration.problem.startswith("no transform from base_link to r_optical: /tf_static has no frame 'r_opti")
+    transforms.add(transform("base_link", "r_optical", 3.0), is_static=True)
     assert calibration.refresh()
-    assert calibration.rig[1].ego_from_camera[0, 3] == 3.0
+    assert [c.ego_from_camera[0, 3] for c in calibration.rig] == [1.0, 3.0]
+
+
+def test_a_refused_camera_info_takes_the_rig_away_until_there_is_a_better_one():
+    calibration = source(use_file_intrinsics=True)
+    good = intrinsics("l")
+    calibration.set_intrinsics(0, good)
+    assert calibration.rig is not None
+    assert calibration.refuse_intrinsics(0, "binned") and calibration.rig is None
+    assert calibration.problem == "binned"
+    assert not calibration.refuse_intrinsics(0, "binned still") and calibration.problem == "binned still"
+    assert calibration.set_intrinsics(0, good)  # the very one from before
+    assert calibration.rig is not None and calibration.problem == ""
 
 
 def test_cameras_of_a_file_by_namespace_or_by_name():
@@ -186,13 +221,3 @@ def test_cameras_of_a_file_by_namespace_or_by_name():
     assert [c.name for c in found] == ["front", "RIGHT"]
     with pytest.raises(CalibrationError, match=r"no camera for /robot/rear \(REAR\); it has front, RIGHT"):
         cameras_of_file(rig, ("REAR",), ("/robot/rear",))
-
-
-def test_without_tf2_ros_the_adapter_says_what_to_do():
-    try:
-        import tf2_ros  # noqa: F401
-    except ImportError:
-        with pytest.raises(CalibrationError, match="is not installed; set the parameter calibration_file"):
-            TfExtrinsics(None, "base_link", lambda: None)
-    else:
-        pytest.skip("tf2_ros is installed here")

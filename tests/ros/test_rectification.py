@@ -77,8 +77,9 @@ def test_without_distortion_the_lookup_is_the_plain_transform():
     assert x[0, :3] == pytest.approx([0, 1, 2], abs=0.05) and y[:3, 0] == pytest.approx([26, 27, 28], abs=0.05)
 
 
-def source(lookup=lambda frame: np.eye(4)) -> CalibrationSource:
-    return CalibrationSource(("FRONT",), ("/FRONT/camera_info",), "base_link", None, lookup, False)
+def source() -> CalibrationSource:
+    mount = Camera("FRONT", WIDTH_PX, HEIGHT_PX, np.eye(3), np.eye(4))
+    return CalibrationSource(("FRONT",), ("/FRONT/camera_info",), (mount,), None, False)
 
 
 def test_recalibration_changes_what_images_are_rectified_with():
@@ -99,12 +100,16 @@ def test_recalibration_changes_what_images_are_rectified_with():
     )
 
 
-def test_a_stereo_pairs_rectification_turns_the_camera():
-    turned = info()
-    turned.r = [0.0, -1, 0, 1, 0, 0, 0, 0, 1]  # a quarter turn about the optical axis
+def test_a_stereo_pairs_rectification_turns_the_image_and_not_its_frame():
+    """The optical frame is the rectified camera's: with R a quarter turn about the axis, its x looks along the sensor's -y."""
+    turned = info(distortion=[])
+    turned.r = [0.0, -1, 0, 1, 0, 0, 0, 0, 1]
     calibration = source()
     calibration.set_intrinsics(0, conversions.intrinsics_from_info(turned, rectify=True))
-    assert calibration.rig[0].ego_from_camera[:3, :3].tolist() == [[0, 1, 0], [-1, 0, 0], [0, 0, 1]]
+    assert calibration.rig[0].ego_from_camera.tolist() == np.eye(4).tolist()
+    x, y = calibration.models[0].maps
+    # Rectified pixel (318 + 38, 181) is the direction (0.1, 0, 1); R^T makes it (0, -0.1, 1); K makes it (322, 177 - 40.5).
+    assert (x[181, 356], y[181, 356]) == pytest.approx((322, 136.5))
 
 
 def test_unknown_distortion_is_named():
