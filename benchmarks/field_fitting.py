@@ -1,41 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Field fitting: the voxel field that one keyframe's rays ask for, without a network, held against ground truth.
 
-Every voxel has a free density and free logits. Adam fits them to rays of the keyframe's window through the project's
-own renderer, motion and losses; what comes out shows what the labels say and how they are read, not what a network
-can see. A ``Row`` is one way to read them; all rows see the same keyframes, the same seeds and the same number of steps.
+``training.voxel_fitting`` fits it to rays of the keyframe's window through the project's own renderer, motion and
+losses; what comes out shows what the labels say and how they are read, not what a network can see. A ``Row`` is one way to read them; all rows see the same keyframes, the same seeds and the same number of steps.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from occflownet_core.boxes import BoxIndex, MovingBoxes
 from occflownet_core.errors import DatasetError
-from occflownet_core.field import FieldConfig, FieldDecoder, occupancy_probability
 from occflownet_core.grid import OCC3D_GRID, VoxelGrid
-from occflownet_core.labels import FREE, OCCUPIED_CLASSES
-from occflownet_core.losses import LossConfig, ray_losses
+from occflownet_core.losses import LossConfig
 from occflownet_core.metrics import ThresholdSweep
-from occflownet_core.renderer import Rays, RenderConfig, render
-from occflownet_core.voxel_field import VoxelField
+from occflownet_core.renderer import Rays, RenderConfig
 from training.data.dataset import moving_boxes
 from training.data.nuscenes import KeyframeIndex, load_occupancy
 from training.data.rays import LidarRays, RayLimits, temporal_rays
-from training.objective import draw_rays, make_motion
+from training.objective import make_motion
 from training.settings import MotionSettings
+from training.voxel_fitting import RECIPE, FitSettings, FittedVoxels, fit_voxels, voxel_activation
 
 THRESHOLDS = (0.01, 0.02, *np.round(np.arange(0.05, 0.96, 0.05), 2).tolist())
 MAX_HORIZON = 4
-RECIPE = LossConfig(return_weight=1.0, range_error="huber", range_weight=0.05, opacity_weight=0.2, semantic_weight=1.0)
-"""The ray losses that ``training/configs/minicity_tiny.yaml`` trains with."""
 
 
 @dataclass(frozen=True)
@@ -64,35 +57,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class FitSettings:
+class WindowSettings(FitSettings):
     """How fields are fitted, alike for all rows.
 
     Attributes:
-        steps: of Adam, the learning rate falling to zero along a cosine.
-        rays_per_step: drawn at random from the window.
-        current_share: of them from the current keyframe, as ``minicity_tiny.yaml`` draws them.
-        density_rate, logit_rate: learning rates of what the density's activation takes, and of logits.
-        initial_density_per_m: where every voxel starts, so low that what no ray crosses stays free at any threshold.
-        forgetting: how fast a voxel for which nothing speaks any more returns there: before surfaces have formed, rays
-            pull at everything behind them as well (AdamW's weight decay).
-        least_share: density gradients far below this share of the first step's root mean square move nothing (Adam's
-            epsilon): relative, because rows differ in what their losses weigh.
-        least_logit_gradient: the same for logits, whose loss all rows share.
         reach_m: fields end at this distance from the ego origin in x and y, a whole number of voxels.
-        seed: of the drawn rays.
     """
 
-    steps: int = 32
-    rays_per_step: int = 8192
-    current_share: float = 0.3
-    density_rate: float = 0.6
-    logit_rate: float = 0.6
-    initial_density_per_m: float = 0.02
-    forgetting: float = 0.1
-    least_share: float = 0.2
-    least_logit_gradient: float = 1e-5
     reach_m: float = 16.0
-    seed: int = 0
 
     @property
     def grid(self) -> VoxelGrid:
@@ -134,25 +106,6 @@ class Truth:
     labels: np.ndarray
     camera_mask: np.ndarray
     swept: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class FittedField:
-    """A fitted field on its grid.
-
-    Attributes:
-        probability: float32 [X, Y, Z] of being occupied.
-        label: uint8 [X, Y, Z], the class that a voxel has if it is occupied.
-        terms: the last step's loss terms.
-    """
-
-    probability: np.ndarray
-    label: np.ndarray
-    terms: dict[str, float]
-
-    def labels_at(self, threshold: float) -> np.ndarray:
-        """uint8 [X, Y, Z]: the class, or FREE where the probability is not above the threshold."""
-        return np.where(self.probability > threshold, self.label, FREE).astype(np.uint8)
 
 
 def busiest_keyframes(index: KeyframeIndex, count: int, grid: VoxelGrid) -> list[int]:
@@ -222,7 +175,9 @@ def swept_by_moving_boxes(boxes: MovingBoxes, grid: VoxelGrid) -> np.ndarray:
     return swept.view(grid.shape).numpy()
 
 
-def fit(window: Window, row: Row, settings: FitSettings, on_step: Callable[[], object] = lambda: None) -> FittedField:
+def fit(
+    window: Window, row: Row, settings: WindowSettings, on_step: Callable[[], object] = lambda: None
+) -> FittedVoxels:
     """The field that a window's rays ask for.
 
     Args:
@@ -231,63 +186,17 @@ def fit(window: Window, row: Row, settings: FitSettings, on_step: Callable[[], o
         settings: of the fit.
         on_step: called after each step.
     """
-    grid, activation = settings.grid, _activation(row, settings)
     window = window.seen_by(row)
-    motion = make_motion(row.motion, window.boxes, grid)
-    rays = window.rays[motion.keeps(window.rays, grid)]
-    current_share = settings.current_share if row.horizon else None
-    generator = torch.Generator().manual_seed(settings.seed)
-    start = activation.density_head[-1].bias.detach()
-    evidence = torch.zeros((1, *grid.shape[::-1]), requires_grad=True)  # for a voxel being occupied, [1, Z, Y, X]
-    table = torch.zeros((1, *grid.shape[::-1], OCCUPIED_CLASSES), requires_grad=True)  # [1, Z, Y, X, 17]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [evidence], "lr": settings.density_rate, "weight_decay": settings.forgetting},
-            {"params": [table], "lr": settings.logit_rate, "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.99),
-        eps=settings.least_logit_gradient,
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-    )
-    for step in range(settings.steps):
-        drawn = draw_rays(rays, settings.rays_per_step, current_share, generator)
-        seen_field = VoxelField(activation.density(start + evidence), table.movedim(-1, 1), grid)
-        rendered = render(seen_field, drawn, grid, motion, row.render, generator)
-        terms = ray_losses(rendered, drawn, row.losses, row.render)
-        optimizer.zero_grad()
-        torch.stack(list(terms.values())).sum().backward()
-        if step == 0:
-            optimizer.param_groups[0]["eps"] = settings.least_share * _typical(evidence.grad)
-        optimizer.step()
-        schedule.step()
-        on_step()
-    with torch.no_grad():
-        probability = occupancy_probability(activation.density(start + evidence[0]), grid.voxel_size_m)
-        label = table[0].argmax(dim=-1).to(torch.uint8)  # [Z, Y, X]
-    return FittedField(
-        probability.permute(2, 1, 0).numpy(),
-        label.permute(2, 1, 0).numpy(),
-        {name: term.item() for name, term in terms.items()},
+    motion = make_motion(row.motion, window.boxes, settings.grid)
+    rays = window.rays[motion.keeps(window.rays, settings.grid)]
+    settings = settings if row.horizon else replace(settings, current_share=None)
+    activation = voxel_activation(settings, row.density)
+    return fit_voxels(
+        rays, motion, settings.grid, settings, row.losses, row.render, activation, lambda terms: on_step()
     )
 
 
-def _typical(gradient: Tensor) -> float:
-    """Root mean square of what is not zero."""
-    return gradient[gradient != 0].square().mean().sqrt().item()
-
-
-def _activation(row: Row, settings: FitSettings) -> FieldDecoder:
-    """A decoder of which only the activation and its start are used: here voxels take the place of perceptrons."""
-    scale_per_m = 1.0 if row.density == "sigmoid" else FieldConfig.density_scale_per_m
-    return FieldDecoder(
-        FieldConfig(1, 1, 1, row.density, scale_per_m, initial_density_per_m=settings.initial_density_per_m)
-    )
-
-
-def confusion_matrices(fitted: FittedField, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
+def confusion_matrices(fitted: FittedVoxels, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
     """[T, 18, 18] of a field at all ``THRESHOLDS``, both in the camera mask: everywhere, and only where ``swept``."""
     matrices = []
     for mask in (truth.camera_mask, truth.camera_mask & truth.swept):

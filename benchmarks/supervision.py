@@ -22,11 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.field_fitting import (
     ROWS,
     THRESHOLDS,
-    FitSettings,
-    FittedField,
+    FittedVoxels,
     Row,
     Truth,
     Window,
+    WindowSettings,
     busiest_keyframes,
     confusion_matrices,
     fit,
@@ -86,7 +86,7 @@ class Results:
         settings: of the fits; other settings have other files.
     """
 
-    def __init__(self, folder: Path, settings: FitSettings) -> None:
+    def __init__(self, folder: Path, settings: WindowSettings) -> None:
         self.folder, self.settings = folder, settings
 
     def _path(self, key: str, token: str) -> Path:
@@ -113,8 +113,8 @@ class Results:
 
 
 def measure(
-    keyframe: Keyframe, window: Window, truth: Truth, key: str, settings: FitSettings, progress: Progress
-) -> tuple[dict, FittedField]:
+    keyframe: Keyframe, window: Window, truth: Truth, key: str, settings: WindowSettings, progress: Progress
+) -> tuple[dict, FittedVoxels]:
     """Fit one row to one keyframe: what is kept of it, confusion matrices above all, and the field."""
     row = ROWS[key]
     task = progress.add_task(f"  {row.title}", total=settings.steps)
@@ -213,7 +213,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     if options.steps < 1 or options.keyframes < 1:
         raise ConfigError(f"--steps is {options.steps} and --keyframes {options.keyframes}; give at least 1 of each")
     torch.set_num_threads(options.threads)
-    settings = FitSettings(steps=options.steps)
+    settings = WindowSettings(steps=options.steps)
     results = Results(options.out / "fields", settings)
     with console.status("reading tables and choosing keyframes"):
         index = KeyframeIndex(options.dataroot, only_version(options.dataroot))
@@ -251,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="the N busiest, from different scenes (default %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=FitSettings.steps, help="steps per fit (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=WindowSettings.steps, help="steps per fit (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help="only the rows on moving things, on two keyframes: minutes"

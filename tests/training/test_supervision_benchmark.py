@@ -11,8 +11,8 @@ import torch
 from benchmarks import network_training, supervision
 from benchmarks.field_fitting import (
     ROWS,
-    FitSettings,
     Window,
+    WindowSettings,
     busiest_keyframes,
     fit,
     load_truth,
@@ -28,7 +28,7 @@ from training.data.nuscenes import KeyframeIndex
 from training.data.rays import LidarRays
 from training.settings import parse
 
-SMALL = FitSettings(steps=40, rays_per_step=400, reach_m=4.0, density_rate=0.5, logit_rate=0.5, forgetting=0.05)
+SMALL = WindowSettings(steps=40, rays_per_step=400, reach_m=4.0, density_rate=0.5, logit_rate=0.5, forgetting=0.05)
 CAR, MANMADE = label_of("car"), label_of("manmade")
 
 
@@ -89,7 +89,7 @@ def test_swept_voxels_by_hand():
 
 def test_windows_of_a_data_set(tiny_root):
     index = KeyframeIndex(tiny_root.path, "v1.0-tiny")
-    settings = FitSettings()
+    settings = WindowSettings()
     whole = load_window(index, 2, settings.grid)
     window = whole.seen_by(ROWS["horizon_2"])
     assert set(window.rays.time_index.tolist()) == {-2, -1, 0, 1, 2} and set(window.boxes.time_index.tolist()) == {
@@ -114,7 +114,7 @@ def test_rows_take_their_part_of_a_window():
 
 def test_keyframes_without_enough_neighbours_are_refused(tiny_root):
     with pytest.raises(DatasetError, match=r"0 scenes of .* make more scenes, of 9 keyframes"):
-        busiest_keyframes(KeyframeIndex(tiny_root.path, "v1.0-tiny"), 1, FitSettings().grid)
+        busiest_keyframes(KeyframeIndex(tiny_root.path, "v1.0-tiny"), 1, WindowSettings().grid)
 
 
 def test_half_a_pixel_in_every_camera(tiny_root):

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Voxel fitting: the voxel field that rays ask for, without a network. Every voxel has a free density and free logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from occflownet_core.field import FieldConfig, FieldDecoder, occupancy_probability
+from occflownet_core.grid import VoxelGrid
+from occflownet_core.labels import FREE, OCCUPIED_CLASSES
+from occflownet_core.losses import LossConfig, ray_losses
+from occflownet_core.motion import StaticWorld
+from occflownet_core.renderer import Rays, RenderConfig, render
+from occflownet_core.voxel_field import VoxelField
+from training.objective import draw_rays
+
+RECIPE = LossConfig(return_weight=1.0, range_error="huber", range_weight=0.05, opacity_weight=0.2, semantic_weight=1.0)
+"""The ray losses that ``training/configs/minicity_tiny.yaml`` trains with."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How fields are fitted.
+
+    Attributes:
+        steps: of Adam, the learning rate falling to zero along a cosine.
+        rays_per_step: drawn at random.
+        current_share: of them from the current keyframe (time index 0), as ``minicity_tiny.yaml`` draws them; None: all alike.
+        density_rate, logit_rate: learning rates of what the density's activation takes, and of logits.
+        initial_density_per_m: where every voxel starts, so low that what no ray crosses stays free at any threshold.
+        forgetting: how fast a voxel for which nothing speaks any more returns there: before surfaces have formed, rays
+            pull at everything behind them as well (AdamW's weight decay).
+        least_share: density gradients far below this share of the first step's root mean square move nothing (Adam's
+            epsilon): relative, because losses differ in what they weigh.
+        least_logit_gradient: the same for logits.
+        seed: of the drawn rays.
+    """
+
+    steps: int = 32
+    rays_per_step: int = 8192
+    current_share: float | None = 0.3
+    density_rate: float = 0.6
+    logit_rate: float = 0.6
+    initial_density_per_m: float = 0.02
+    forgetting: float = 0.1
+    least_share: float = 0.2
+    least_logit_gradient: float = 1e-5
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class FittedVoxels:
+    """A fitted field.
+
+    Attributes:
+        grid: its cells.
+        pre_density: [1, Z, Y, X], what the density's activation takes.
+        logits: [1, 17, Z, Y, X].
+        seen: bool [1, Z, Y, X], cells that some ray asked anything of.
+        activation: from ``pre_density`` to density.
+        terms: the last step's loss terms.
+    """
+
+    grid: VoxelGrid
+    pre_density: Tensor
+    logits: Tensor
+    seen: Tensor
+    activation: FieldDecoder
+    terms: dict[str, float]
+
+    @property
+    def field(self) -> VoxelField:
+        """The field as the renderer takes it."""
+        return VoxelField(self.activation.density(self.pre_density), self.logits, self.grid)
+
+    @property
+    def probability(self) -> np.ndarray:
+        """float32 [X, Y, Z] of each cell being occupied."""
+        density = self.activation.density(self.pre_density[0])
+        return occupancy_probability(density, self.grid.voxel_size_m).permute(2, 1, 0).numpy()
+
+    @property
+    def label(self) -> np.ndarray:
+        """uint8 [X, Y, Z], the class that a cell has if it is occupied."""
+        return self.logits[0].argmax(dim=0).to(torch.uint8).permute(2, 1, 0).numpy()
+
+    def labels_at(self, threshold: float) -> np.ndarray:
+        """uint8 [X, Y, Z]: the class, or FREE where the probability is not above the threshold."""
+        return np.where(self.probability > threshold, self.label, FREE).astype(np.uint8)
+
+
+def voxel_activation(settings: FitSettings, density: str = "softplus") -> FieldDecoder:
+    """A decoder of which only the activation and its start are used: here voxels take the place of perceptrons."""
+    scale_per_m = 1.0 if density == "sigmoid" else FieldConfig.density_scale_per_m
+    return FieldDecoder(
+        FieldConfig(1, 1, 1, density, scale_per_m, initial_density_per_m=settings.initial_density_per_m)
+    )
+
+
+def fit_voxels(
+    rays: Rays,
+    motion: StaticWorld,
+    grid: VoxelGrid,
+    settings: FitSettings,
+    losses: LossConfig = RECIPE,
+    rendering: RenderConfig | None = None,
+    activation: FieldDecoder | None = None,
+    on_step: Callable[[dict[str, Tensor]], object] = lambda terms: None,
+) -> FittedVoxels:
+    """Fit a field to rays.
+
+    Args:
+        rays: what is known; those that the motion does not keep must be gone already.
+        motion: where what they meet lies in the field.
+        grid: of the field.
+        settings, losses, rendering: of the fit.
+        activation: of the density; None is ``voxel_activation(settings)``.
+        on_step: called after each step with its terms.
+    """
+    rendering = rendering or RenderConfig()
+    activation = activation or voxel_activation(settings)
+    generator = torch.Generator().manual_seed(settings.seed)
+    start = activation.density_head[-1].bias.detach()
+    evidence = torch.zeros((1, *grid.shape[::-1]), requires_grad=True)  # for a voxel being occupied, [1, Z, Y, X]
+    table = torch.zeros((1, *grid.shape[::-1], OCCUPIED_CLASSES), requires_grad=True)  # [1, Z, Y, X, 17]
+    seen = torch.zeros_like(evidence, dtype=torch.bool)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [evidence], "lr": settings.density_rate, "weight_decay": settings.forgetting},
+            {"params": [table], "lr": settings.logit_rate, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.99),
+        eps=settings.least_logit_gradient,
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    )
+    for step in range(settings.steps):
+        drawn = draw_rays(rays, settings.rays_per_step, settings.current_share, generator)
+        field = VoxelField(activation.density(start + evidence), table.movedim(-1, 1), grid)
+        rendered = render(field, drawn, grid, motion, rendering, generator)
+        terms = ray_losses(rendered, drawn, losses, rendering)
+        optimizer.zero_grad()
+        torch.stack(list(terms.values())).sum().backward()
+        seen |= evidence.grad != 0
+        if step == 0:
+            optimizer.param_groups[0]["eps"] = settings.least_share * _typical(evidence.grad)
+        optimizer.step()
+        schedule.step()
+        on_step(terms)
+    return FittedVoxels(
+        grid,
+        (start + evidence).detach(),
+        table.movedim(-1, 1).detach(),
+        seen,
+        activation.requires_grad_(False),
+        {name: term.item() for name, term in terms.items()},
+    )
+
+
+def _typical(gradient: Tensor) -> float:
+    """Root mean square of what is not zero."""
+    return gradient[gradient != 0].square().mean().sqrt().item()
