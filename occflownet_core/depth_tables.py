@@ -27,7 +27,7 @@ class DepthTable:
     """What every pixel of one camera looks through.
 
     Attributes:
-        camera: whose pixels they are, at the size of the depth image.
+        camera: whose pixels they are.
         grid: the voxels.
         cell: [M] int32, C-order index into [X, Y, Z] of the cells crossed, ray after ray (row by row) and in order
             along each.
@@ -44,25 +44,20 @@ class DepthTable:
     direction: np.ndarray
 
     @classmethod
-    def build(cls, camera: Camera, grid: VoxelGrid, width_px: int) -> DepthTable:
-        """The table for a depth image of the given width (at most the camera's own) and the camera's aspect ratio.
-
-        Rays run through the pixels' centres.
-        """
-        width_px = min(width_px, camera.width_px)
-        small = camera.resized(width_px, max(1, round(camera.height_px * width_px / camera.width_px)))
-        u, v = np.meshgrid(np.arange(small.width_px) + 0.5, np.arange(small.height_px) + 0.5)
+    def build(cls, camera: Camera, grid: VoxelGrid) -> DepthTable:
+        """The table for a depth image of the camera's size; its rays run through the pixels' centres."""
+        u, v = np.meshgrid(np.arange(camera.width_px) + 0.5, np.arange(camera.height_px) + 0.5)
         # With z = 1 in the camera's frame, distance along the ray is depth along the optical axis.
-        ray = np.linalg.inv(small.intrinsic) @ np.stack([u.ravel(), v.ravel(), np.ones(u.size)])  # [3, R]
-        direction = small.ego_from_camera[:3, :3] @ ray / grid.voxel_size_m  # [3, R]
-        origin = grid.index_from_metric(small.ego_from_camera[:3, 3])
+        ray = np.linalg.inv(camera.intrinsic) @ np.stack([u.ravel(), v.ravel(), np.ones(u.size)])  # [3, R]
+        direction = camera.ego_from_camera[:3, :3] @ ray / grid.voxel_size_m  # [3, R]
+        origin = grid.index_from_metric(camera.ego_from_camera[:3, 3])
         bands = [
             cells_crossed(grid.shape, origin, direction[:, start : start + _RAYS_AT_A_TIME])
             for start in range(0, direction.shape[1], _RAYS_AT_A_TIME)
         ]
         cell = np.concatenate([cell for cell, _ in bands])
         first = np.concatenate([[0], *(count for _, count in bands)]).cumsum()
-        return cls(small, grid, cell, first, origin, direction)
+        return cls(camera, grid, cell, first, origin, direction)
 
     @property
     def size_bytes(self) -> int:
@@ -106,6 +101,12 @@ class DepthTable:
             face_m = np.where(direction == 0, -np.inf, (corner - self.origin[:, None]) / direction)
         entry_m = face_m.max(axis=0)
         return np.where(entry_m > 0, entry_m, -np.inf)
+
+
+def depth_camera(camera: Camera, width_px: int) -> Camera:
+    """The camera of a depth image of the given width (at most the camera's own); its aspect ratio is kept."""
+    width_px = min(width_px, camera.width_px)
+    return camera.resized(width_px, max(1, round(camera.height_px * width_px / camera.width_px)))
 
 
 def cells_crossed(

@@ -91,8 +91,12 @@ class VoxelGrid:
 
     def centres(self) -> np.ndarray:
         """Centres of all cells, [X, Y, Z, 3], ego frame, metres."""
-        axes = [np.arange(n) + 0.5 for n in self.shape]
-        return self.metric_from_index(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1))
+        axes = [self.axis_centres_m(axis) for axis in range(3)]
+        return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
+
+    def axis_centres_m(self, axis: int) -> np.ndarray:
+        """Where the cells' centres lie on one axis, [X], [Y] or [Z], metres."""
+        return (np.arange(self.shape[axis]) + 0.5) * self.voxel_size_m + self.lower_m[axis]
 
     def coarsened(self, factor: int) -> VoxelGrid:
         """The same box in cells ``factor`` times as long.

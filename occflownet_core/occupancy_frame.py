@@ -51,11 +51,13 @@ def surface_voxels(labels: np.ndarray) -> np.ndarray:
         labels: uint8 [X, Y, Z].
     """
     occupied = labels != FREE
-    buried = occupied.copy()
+    solid, buried = occupied.ravel(), occupied.flatten()
+    _, y, z = labels.shape
+    # Neighbours along an axis lie one stride apart; what wraps around at a border is overwritten below.
+    for stride in (y * z, z, 1):
+        buried[stride:] &= solid[:-stride]
+        buried[:-stride] &= solid[stride:]
+    buried = buried.reshape(labels.shape)
     for axis in range(3):
-        inner = np.moveaxis(buried, axis, 0)
-        solid = np.moveaxis(occupied, axis, 0)
-        inner[1:] &= solid[:-1]
-        inner[:-1] &= solid[1:]
-        inner[[0, -1]] = False
+        np.moveaxis(buried, axis, 0)[[0, -1]] = False
     return occupied & ~buried

@@ -111,6 +111,11 @@ class CalibrationSource:
             ]
         self.refresh()
 
+    @property
+    def frame_ids(self) -> tuple[str, ...]:
+        """Optical frame of each camera of the rig; nothing while there is none."""
+        return () if self.rig is None else tuple(intrinsics.frame_id for intrinsics in self._intrinsics)
+
     def set_intrinsics(self, camera: int, intrinsics: Intrinsics) -> bool:
         """Take over a camera_info; True if the rig changed."""
         if intrinsics == self._intrinsics[camera] and camera not in self._refusals:

@@ -28,6 +28,7 @@ class CubeList:
         centres_m: [n, 3] cube centres in the header's frame, metres.
         edge_m: edge of a cube.
         color_rgba: four numbers 0..1.
+        colors_rgba: float32 [n, 4], a colour of its own for each cube; None leaves all to ``color_rgba``.
     """
 
     namespace: str
@@ -35,6 +36,7 @@ class CubeList:
     centres_m: np.ndarray
     edge_m: float
     color_rgba: tuple[float, float, float, float]
+    colors_rgba: np.ndarray | None = None
 
 
 def header_stamp_ns(serialised: bytes) -> int:
@@ -69,6 +71,12 @@ class CdrWriter:
         if len(points):
             self.align(8)
             self._data.extend(np.ascontiguousarray(points, dtype="<f8").data.cast("B"))
+
+    def colors(self, colors: np.ndarray | None) -> None:
+        """A sequence of std_msgs/ColorRGBA from [n, 4]; None is the empty one."""
+        self.pack("I", 0 if colors is None else len(colors))
+        if colors is not None:
+            self._data.extend(np.ascontiguousarray(colors, dtype="<f4").data.cast("B"))
 
     def finish(self) -> bytes:
         return bytes(self._data)
@@ -107,7 +115,7 @@ def _marker(writer: CdrWriter, stamp_ns: int, frame_id: str, kind: int, action: 
     writer.pack("I", 0)  # lifetime.nanosec
     writer.pack("?", False)  # frame_locked
     writer.points(cubes.centres_m)
-    writer.pack("I", 0)  # colors
+    writer.colors(cubes.colors_rgba)
     writer.string("")  # texture_resource
     writer.pack("i", 0)  # texture.header.stamp.sec
     writer.pack("I", 0)  # texture.header.stamp.nanosec

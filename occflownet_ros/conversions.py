@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import functools
 from collections.abc import Sequence
 
 import cv2
@@ -13,6 +14,7 @@ from nav_msgs.msg import OccupancyGrid, Odometry
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2, PointField
 from std_msgs.msg import Header, MultiArrayDimension, UInt8MultiArray
 
+from occflownet_core.camera import Camera
 from occflownet_core.errors import ImageError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import CLASS_NAMES, CLASSES, COLORS_RGB, FREE
@@ -27,6 +29,8 @@ SMALLER_FIRST = {"rgb8": None, "bgr8": cv2.COLOR_BGR2RGB, "mono8": cv2.COLOR_GRA
 _BLOCKING = np.array([c.blocks_vehicle for c in CLASSES])
 _CLOUD_FIELDS = ("x", "y", "z", "rgb", "probability")
 _VELOCITY_FIELDS = ("vx", "vy", "vz")
+_PACKED_RGB = COLORS_RGB.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
+_WORD = 4  # bytes of a float32
 
 UNKNOWN, PASSABLE, BLOCKED = -1, 0, 100
 """nav_msgs/OccupancyGrid values."""
@@ -115,9 +119,15 @@ def pose_from_odometry(message: Odometry) -> tuple[np.ndarray, np.ndarray]:
     return np.array([p.x, p.y, p.z]), np.array([q.w, q.x, q.y, q.z])
 
 
-def voxel_centres_m(grid: VoxelGrid, flat_index: np.ndarray) -> np.ndarray:
-    """Centres [n, 3] in the ego frame of cells given by C-order index into [X, Y, Z]."""
-    return grid.metric_from_index(np.stack(np.unravel_index(flat_index, grid.shape), axis=-1) + 0.5)
+def voxel_centres_m(grid: VoxelGrid, flat_index: np.ndarray, dtype: str = "<f8") -> np.ndarray:
+    """Centres [n, 3] in the ego frame of cells given by C-order index [n] into [X, Y, Z]."""
+    _, y, z = grid.shape
+    column = flat_index // z
+    row = column // y
+    centres_m = np.empty((len(flat_index), 3), dtype=dtype)
+    for axis, index in enumerate((row, column - row * y, flat_index - column * z)):
+        centres_m[:, axis] = grid.axis_centres_m(axis)[index]
+    return centres_m
 
 
 def cloud_message(frame: OccupancyFrame) -> PointCloud2:
@@ -125,42 +135,49 @@ def cloud_message(frame: OccupancyFrame) -> PointCloud2:
     flat_index = np.flatnonzero(frame.labels != FREE)
     label = frame.labels.ravel()[flat_index]
     names = _CLOUD_FIELDS + (_VELOCITY_FIELDS if frame.velocity_mps is not None else ())
-    # Little-endian by name, and padded to a multiple of four as PCL likes it.
-    layout = np.dtype([(name, "<f4") for name in names] + [("label", "u1"), ("padding", "V3")])
-    points = np.zeros(len(flat_index), dtype=layout)
-    centres_m = voxel_centres_m(frame.grid, flat_index)
-    for axis, name in enumerate("xyz"):
-        points[name] = centres_m[:, axis]
-    packed = COLORS_RGB.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
-    points["rgb"] = packed.astype("<u4").view("<f4")[label]
-    points["probability"] = 1.0 if frame.probability is None else frame.probability.ravel()[flat_index]
+    # Little-endian words by name; the label is the low byte of the last, so that points are aligned as PCL likes it.
+    points = np.empty((len(flat_index), len(names) + 1), dtype="<f4")
+    points[:, 0:3] = voxel_centres_m(frame.grid, flat_index, "<f4")
+    points.view("<u4")[:, 3] = _PACKED_RGB[label]
+    points[:, 4] = 1.0 if frame.probability is None else frame.probability.ravel()[flat_index]
     if frame.velocity_mps is not None:
-        velocity_mps = frame.velocity_mps.reshape(-1, 3)[flat_index]
-        for axis, name in enumerate(_VELOCITY_FIELDS):
-            points[name] = velocity_mps[:, axis]
-    points["label"] = label
-    fields = [PointField(name=n, offset=layout.fields[n][1], datatype=PointField.FLOAT32, count=1) for n in names]
-    fields.append(PointField(name="label", offset=layout.fields["label"][1], datatype=PointField.UINT8, count=1))
+        points[:, 5:8] = frame.velocity_mps.reshape(-1, 3)[flat_index]
+    points.view("<u4")[:, -1] = label
     return PointCloud2(
         header=header_message(frame),
         height=1,
         width=len(points),
-        fields=fields,
+        fields=_point_fields(names),
         is_bigendian=False,
-        point_step=layout.itemsize,
-        row_step=layout.itemsize * len(points),
-        data=array.array("B", points.tobytes()),
+        point_step=_WORD * points.shape[1],
+        row_step=points.nbytes,
+        data=_byte_array(points),
         is_dense=True,
     )
 
 
-def class_cubes(frame: OccupancyFrame, alpha: float) -> list[cdr.CubeList]:
-    """The surface voxels, one cube list per class present; marker id = label."""
+@functools.cache
+def _point_fields(names: tuple[str, ...]) -> list[PointField]:
+    fields = [PointField(name=n, offset=_WORD * k, datatype=PointField.FLOAT32, count=1) for k, n in enumerate(names)]
+    return [*fields, PointField(name="label", offset=_WORD * len(names), datatype=PointField.UINT8, count=1)]
+
+
+def class_cubes(frame: OccupancyFrame, alpha: float, coloring: str = "class") -> list[cdr.CubeList]:
+    """The surface voxels, one cube list per class present; marker id = label.
+
+    Args:
+        frame: whose voxels.
+        alpha: opacity, 0..1.
+        coloring: ``class`` gives a list its class's colour, ``height`` each cube that of its layer, from the grid's
+            bottom (blue) to its top (red).
+    """
     flat_index = np.flatnonzero(surface_voxels(frame.labels))
     label = frame.labels.ravel()[flat_index]
     order = np.argsort(label, kind="stable")
-    centres_m = voxel_centres_m(frame.grid, flat_index[order])
-    starts = np.searchsorted(label[order], np.arange(FREE + 1))
+    flat_index, starts = flat_index[order], np.searchsorted(label[order], np.arange(FREE + 1))
+    centres_m = voxel_centres_m(frame.grid, flat_index)
+    layers = frame.grid.shape[2]
+    colors = height_colors_rgba(layers, alpha)[flat_index % layers] if coloring == "height" else None
     return [
         cdr.CubeList(
             namespace=CLASS_NAMES[c],
@@ -168,10 +185,56 @@ def class_cubes(frame: OccupancyFrame, alpha: float) -> list[cdr.CubeList]:
             centres_m=centres_m[starts[c] : starts[c + 1]],
             edge_m=frame.grid.voxel_size_m,
             color_rgba=(*(COLORS_RGB[c] / 255.0).tolist(), alpha),
+            colors_rgba=None if colors is None else colors[starts[c] : starts[c + 1]],
         )
         for c in range(FREE)
         if starts[c + 1] > starts[c]
     ]
+
+
+def height_colors_rgba(layers: int, alpha: float) -> np.ndarray:
+    """Colours float32 [layers, 4], 0..1, of the layers' centres on the Turbo map (Mikhailov 2019): blue below, red above."""
+    level = np.round(255 * (np.arange(layers) + 0.5) / layers).astype(np.uint8)
+    bgr = cv2.applyColorMap(level[:, None], cv2.COLORMAP_TURBO)[:, 0]
+    colors = np.full((layers, 4), alpha, dtype=np.float32)
+    colors[:, :3] = bgr[:, ::-1] / 255.0
+    return colors
+
+
+def depth_message(frame: OccupancyFrame, frame_id: str, depth_m: np.ndarray) -> Image:
+    """A depth image (REP 118) of float32 [height, width] metres, in a camera's optical frame, at the frame's stamp."""
+    height, width = depth_m.shape
+    return Image(
+        header=Header(stamp=time_message(frame.stamp_ns), frame_id=frame_id),
+        height=height,
+        width=width,
+        encoding="32FC1",
+        is_bigendian=False,
+        step=_WORD * width,
+        data=_byte_array(depth_m.astype("<f4", copy=False)),
+    )
+
+
+def info_message(frame: OccupancyFrame, frame_id: str, camera: Camera) -> CameraInfo:
+    """The camera_info of a rectified image of a camera, at the frame's stamp."""
+    k = camera.intrinsic
+    return CameraInfo(
+        header=Header(stamp=time_message(frame.stamp_ns), frame_id=frame_id),
+        height=camera.height_px,
+        width=camera.width_px,
+        distortion_model="plumb_bob",
+        d=[0.0] * 5,
+        k=k.ravel(),
+        r=np.eye(3).ravel(),
+        p=np.column_stack([k, np.zeros(3)]).ravel(),
+    )
+
+
+def _byte_array(values: np.ndarray) -> array.array:
+    """What rclpy takes as uint8[] without a loop over its bytes."""
+    data = array.array("B")
+    data.frombytes(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    return data
 
 
 def labels_message(frame: OccupancyFrame) -> UInt8MultiArray:
@@ -188,7 +251,7 @@ def labels_message(frame: OccupancyFrame) -> UInt8MultiArray:
         head = f"x stamp_ns={frame.stamp_ns} frame_id={frame.frame_id}" if axis == 0 else name
         label = f"{head} lower_m={frame.grid.lower_m[axis]!r} voxel_size_m={frame.grid.voxel_size_m!r}"
         message.layout.dim.append(MultiArrayDimension(label=label, size=shape[axis], stride=strides[axis]))
-    message.data = array.array("B", frame.labels.tobytes())
+    message.data = _byte_array(frame.labels)
     return message
 
 
@@ -215,7 +278,7 @@ def costmap_message(frame: OccupancyFrame, min_height_m: float, max_height_m: fl
     """What blocks a vehicle: 100 where a blocking class has a voxel in the height band, 0 where anything else was seen
     (ground, or something above the band), -1 where the whole column is empty."""
     grid = frame.grid
-    heights_m = grid.lower_m[2] + (np.arange(grid.shape[2]) + 0.5) * grid.voxel_size_m
+    heights_m = grid.axis_centres_m(2)
     band = (heights_m >= min_height_m) & (heights_m <= max_height_m)
     blocked = _BLOCKING[frame.labels[:, :, band]].any(axis=2)
     seen = (frame.labels != FREE).any(axis=2)

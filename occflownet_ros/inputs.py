@@ -20,6 +20,7 @@ from occflownet_ros.diagnostics import Complaints
 from occflownet_ros.live_transforms import TfExtrinsics
 from occflownet_ros.parameters import Settings
 from occflownet_ros.pipeline import Pipeline
+from occflownet_ros.publishers import Outputs
 from occflownet_ros.tf_adapter import TfListener
 
 _ODOMETRY_DEPTH = 50
@@ -51,6 +52,7 @@ class Inputs:
         cameras: the bundle's, in its order.
         file_cameras: cameras of the calibration file in the same order, None where extrinsics come from tf.
         pipeline: takes what arrives.
+        outputs: are told of the calibration.
         complain: takes (subject, sentence) about trouble.
 
     Attributes:
@@ -66,11 +68,13 @@ class Inputs:
         cameras: Sequence[str],
         file_cameras: Sequence[Camera] | None,
         pipeline: Pipeline,
+        outputs: Outputs,
         complain: Complaints,
     ) -> None:
         self._node = node
         self._settings = settings
         self._pipeline = pipeline
+        self._outputs = outputs
         self._complain = complain
         namespaces = camera_namespaces(settings, cameras)
         self._info_topics = [f"{namespace}/camera_info" for namespace in namespaces]
@@ -91,7 +95,7 @@ class Inputs:
             None if file_cameras else TfExtrinsics(self._tf.transforms, settings.base_frame, self._tf.topic),
             settings.intrinsics_source == "calibration_file",
         )
-        pipeline.set_rig(self.calibration.rig, self.calibration.models)
+        self._hand_on_calibration()
         self._subscriptions: list = []
         self._subscribe()
 
@@ -163,7 +167,7 @@ class Inputs:
             self._calibration_changed()
 
     def _calibration_changed(self) -> None:
-        self._pipeline.set_rig(self.calibration.rig, self.calibration.models)
+        self._hand_on_calibration()
         if self.calibration.rig is not None:
             first = self.calibration.changes == 1
             self._node.get_logger().info("calibration complete" if first else "calibration changed")
@@ -175,6 +179,10 @@ class Inputs:
             return
         self._tf_pose_ns, pose = found
         self._pipeline.add_pose(self._tf_pose_ns, pose.translation_m, pose.quaternion_wxyz)
+
+    def _hand_on_calibration(self) -> None:
+        self._pipeline.set_rig(self.calibration.rig, self.calibration.models)
+        self._outputs.set_cameras(self.calibration.rig, self.calibration.frame_ids)
 
     def _on_odometry(self, message: Odometry) -> None:
         child = message.child_frame_id.lstrip("/")

@@ -92,7 +92,7 @@ class OccflownetNode(LifecycleNode):
         _require_tf(settings)
         self._engine = create_engine(self._bundle, settings.backend, settings.threads or None)
         warm_up(self._engine)
-        self._outputs = Outputs(self, settings)
+        self._outputs = Outputs(self, settings, self._bundle.cameras)
         self._diagnostics = self.create_lifecycle_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
         self.get_logger().info(
             f"configured: model '{self._bundle.name}' on {self._engine.name}, {len(self._bundle.cameras)} cameras"
@@ -108,7 +108,7 @@ class OccflownetNode(LifecycleNode):
         clock_s = self._bag_time_s if self.get_parameter("use_sim_time").value else time.monotonic
         self._pipeline = Pipeline(self._engine, settings, anchor, self._outputs, complain, clock_s)
         self._pipeline.start()
-        self._inputs = Inputs(self, settings, cameras, self._file_cameras, self._pipeline, complain)
+        self._inputs = Inputs(self, settings, cameras, self._file_cameras, self._pipeline, self._outputs, complain)
         self._reporter = Reporter(
             self, self._diagnostics, settings, self._engine, self._inputs, self._pipeline, complain
         )

@@ -165,6 +165,28 @@ class Settings:
         2.2, "Voxels whose centre is higher do not block.", unit="m", low=-100.0, high=100.0, live=True
     )
     voxel_alpha: float = _parameter(0.9, "Opacity of the voxel markers.", low=0.0, high=1.0, live=True)
+    voxel_coloring: str = _parameter(
+        "class",
+        "What colours the voxel markers: their class, or their height (Turbo map from the grid's bottom to its top).",
+        choices=("class", "height"),
+        live=True,
+    )
+    depth_max_rate_hz: float = _parameter(
+        5.0,
+        "Limit of ~/depth, for all cameras together; 0 publishes every set.",
+        unit="Hz",
+        low=0.0,
+        high=1000.0,
+        live=True,
+    )
+    depth_width_px: int = _parameter(
+        176,
+        "Width of the depth images, at most the camera's own; the height keeps the camera's aspect ratio.",
+        unit="px",
+        low=8,
+        high=640,
+        live=True,
+    )
 
     @classmethod
     def from_values(cls, values: Mapping[str, object]) -> Settings:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nav_msgs.msg import OccupancyGrid
@@ -14,8 +14,10 @@ from sensor_msgs.msg import PointCloud2
 from std_msgs.msg import Float64, UInt8MultiArray
 from visualization_msgs.msg import MarkerArray
 
+from occflownet_core.camera import CameraRig
 from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_ros import conversions
+from occflownet_ros.depth_images import DepthImages
 from occflownet_ros.parameters import Settings
 
 STAGES = ("receive", "busy", "decode", "wait", "engine", "publish", "total")
@@ -57,13 +59,14 @@ class Outputs:
 
     Args:
         node: whose lifecycle publishers they are.
-        settings: rates, cost map band and marker opacity.
+        settings: rates, cost map band, looks of the markers, size of the depth images.
+        cameras: names of the bundle's cameras.
 
     Attributes:
         settings: may be replaced while running.
     """
 
-    def __init__(self, node: LifecycleNode, settings: Settings) -> None:
+    def __init__(self, node: LifecycleNode, settings: Settings, cameras: Sequence[str] = ()) -> None:
         self.settings = settings
         self._node = node
         self._shown_classes: frozenset[str] | None = None
@@ -76,6 +79,8 @@ class Outputs:
         self._latency = {
             stage: node.create_lifecycle_publisher(Float64, f"~/latency/{stage}", _QUEUE) for stage in STAGES
         }
+        self._depth = DepthImages(node, cameras)
+        self._depth_limit = RateLimit()
 
     @property
     def is_alive(self) -> bool:
@@ -89,6 +94,17 @@ class Outputs:
             max_rate_hz = getattr(self.settings, f"{output.name}_max_rate_hz")
             if output.publisher.get_subscription_count() and output.limit.allows(now_s, max_rate_hz):
                 output.publisher.publish(output.build(frame))
+        if self._depth.has_subscribers() and self._depth_limit.allows(now_s, self.settings.depth_max_rate_hz):
+            self._depth.publish(frame, self.settings.depth_width_px)
+
+    def set_cameras(self, rig: CameraRig | None, frame_ids: Sequence[str]) -> None:
+        """Calibration became known, changed, or was lost (None): the depth images are to be seen by these cameras.
+
+        Args:
+            rig: of rectified images, in the bundle's order.
+            frame_ids: optical frame of each camera.
+        """
+        self._depth.set_cameras(rig, frame_ids)
 
     def publish_latency(self, latency_ms: Mapping[str, float]) -> None:
         for stage, publisher in self._latency.items():
@@ -102,6 +118,9 @@ class Outputs:
     def close(self) -> None:
         for publisher in (*(output.publisher for output in self._outputs), *self._latency.values()):
             self._node.destroy_lifecycle_publisher(publisher)
+        # They hold bound methods of this object; without them it is freed here and now.
+        self._outputs, self._latency = [], {}
+        self._depth.close()
 
     def _output(self, name: str, kind: type, qos: QoSProfile, build: Callable) -> _Output:
         return _Output(name, self._node.create_lifecycle_publisher(kind, f"~/{name}", qos), build, RateLimit())
@@ -112,7 +131,7 @@ class Outputs:
         )
 
     def _markers(self, frame: OccupancyFrame) -> bytes:
-        cubes = conversions.class_cubes(frame, self.settings.voxel_alpha)
+        cubes = conversions.class_cubes(frame, self.settings.voxel_alpha, self.settings.voxel_coloring)
         classes = frozenset(c.namespace for c in cubes)
         shrinks = self._shown_classes is None or not self._shown_classes <= classes
         self._shown_classes = classes

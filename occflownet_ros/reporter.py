@@ -53,6 +53,7 @@ class Reporter:
 
     def close(self) -> None:
         self._node.destroy_timer(self._timer)
+        self._timer = None  # it holds this object, and this object the engine: freed here and now
 
     def _report(self) -> None:
         now_s, report = time.monotonic(), self._pipeline.report()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from occflownet_core import poses
 from occflownet_core.camera import Camera
-from occflownet_core.depth_tables import DepthTable, cells_crossed
+from occflownet_core.depth_tables import DepthTable, cells_crossed, depth_camera
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import FREE
 from occflownet_core.motion import StaticWorld
@@ -40,7 +40,7 @@ def voxels(*cells, grid: VoxelGrid = GRID) -> np.ndarray:
 
 
 def depth_m(labels: np.ndarray, seen_by: Camera, grid: VoxelGrid = GRID) -> np.ndarray:
-    return DepthTable.build(seen_by, grid, seen_by.width_px).render(labels)
+    return DepthTable.build(seen_by, grid).render(labels)
 
 
 def test_one_voxel_ahead_is_as_far_as_its_front_face():
@@ -82,11 +82,15 @@ def test_cameras_outside_of_the_grid_look_in_or_see_nothing():
     assert (depth_m(labels, turned) == INF).all()
 
 
-def test_size_follows_the_camera_s_aspect_and_never_exceeds_it():
-    wide = camera(size_px=(1600, 900), focal_px=1260.0)
-    assert DepthTable.build(wide, GRID, 176).render(voxels()).shape == (99, 176)
-    assert DepthTable.build(camera(), GRID, 176).render(voxels()).shape == (3, 3)
-    assert DepthTable.build(camera(size_px=(100, 2)), GRID, 16).render(voxels()).shape == (1, 16)
+@pytest.mark.parametrize(
+    ("size_px", "width_px", "expected"),
+    [((1600, 900), 176, (176, 99)), ((3, 3), 176, (3, 3)), ((100, 2), 16, (16, 1))],
+)
+def test_size_follows_the_camera_s_aspect_and_never_exceeds_it(size_px, width_px, expected):
+    small = depth_camera(camera(size_px=size_px, focal_px=100.0), width_px)
+    assert (small.width_px, small.height_px) == expected
+    assert DepthTable.build(small, GRID).render(voxels()).shape == expected[::-1]
+    assert small.intrinsic[0, 0] == pytest.approx(100.0 * expected[0] / size_px[0])
 
 
 def test_tiny_steps_agree():

@@ -37,7 +37,7 @@ def empty(grid: VoxelGrid = GRID) -> np.ndarray:
     return np.full(grid.shape, FREE, dtype=np.uint8)
 
 
-def slow_marker_array(frame: OccupancyFrame, alpha: float, delete_all: bool) -> MarkerArray:
+def slow_marker_array(frame: OccupancyFrame, alpha: float, delete_all: bool, coloring: str = "class") -> MarkerArray:
     """The slow, obvious twin: one Point object after another, cells visited one by one."""
     header = Header(stamp=Time(sec=STAMP_NS // 10**9, nanosec=STAMP_NS % 10**9), frame_id=frame.frame_id)
     identity = Pose(orientation=Quaternion(w=1.0))
@@ -63,18 +63,29 @@ def slow_marker_array(frame: OccupancyFrame, alpha: float, delete_all: bool) -> 
                 continue
             x, y, z = (float(frame.grid.lower_m[axis] + (cell[axis] + 0.5) * size) for axis in range(3))
             marker.points.append(Point(x=x, y=y, z=z))
+            if coloring == "height":
+                share = (z - frame.grid.lower_m[2]) / (frame.grid.upper_m[2] - frame.grid.lower_m[2])
+                bgr = cv2.applyColorMap(np.full((1, 1), round(255 * share), np.uint8), cv2.COLORMAP_TURBO)[0, 0]
+                blue, green, red = (bgr / 255.0).tolist()
+                marker.colors.append(ColorRGBA(r=red, g=green, b=blue, a=alpha))
         if marker.points:
             message.markers.append(marker)
     return message
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.booleans(), st.sampled_from(["base_link", "ego", "a/b_c", ""]))
-def test_marker_bytes_equal_the_slow_twin(seed, free_share, delete_all, frame_id):
+@given(
+    st.integers(0, 2**32 - 1),
+    st.floats(0, 1),
+    st.booleans(),
+    st.sampled_from(["base_link", "ego", "a/b_c", ""]),
+    st.sampled_from(["class", "height"]),
+)
+def test_marker_bytes_equal_the_slow_twin(seed, free_share, delete_all, frame_id, coloring):
     rng = np.random.default_rng(seed)
     labels = np.where(rng.random(GRID.shape) < free_share, FREE, rng.integers(0, FREE, GRID.shape)).astype(np.uint8)
     frame = OccupancyFrame(STAMP_NS, frame_id, GRID, labels)
-    data = conversions.marker_bytes(frame, conversions.class_cubes(frame, 0.75), delete_all)
-    twin = slow_marker_array(frame, 0.75, delete_all)
+    data = conversions.marker_bytes(frame, conversions.class_cubes(frame, 0.75, coloring), delete_all)
+    twin = slow_marker_array(frame, 0.75, delete_all, coloring)
     # Serialised once, so that the twin's colours are float32 too.
     assert deserialize_message(data, MarkerArray) == deserialize_message(serialize_message(twin), MarkerArray)
     assert sum(len(m.points) for m in twin.markers) or (labels == FREE).all()
@@ -88,6 +99,25 @@ def test_marker_bytes_are_as_long_as_rclpys_own():
     theirs = serialize_message(slow_marker_array(frame, 1.0, True))
     # Not compared byte by byte: rclpy leaves in its padding what was in memory.
     assert len(data) == len(theirs)
+
+
+def test_height_runs_from_blue_to_red_as_others_draw_it():
+    colors = conversions.height_colors_rgba(16, 0.5)
+    assert colors.shape == (16, 4) and (colors[:, 3] == 0.5).all()
+    red, green, blue = colors[:, :3].T
+    assert blue[1] > 2 * red[1] and red[14] > 2 * blue[14] and green[8] > max(red[8], blue[8])
+    matplotlib = pytest.importorskip("matplotlib")
+    theirs = matplotlib.colormaps["turbo"]((np.arange(16) + 0.5) / 16)[:, :3]
+    np.testing.assert_allclose(colors[:, :3], theirs, atol=0.02)
+
+
+def test_cubes_of_one_height_share_their_color():
+    labels = empty()
+    labels[0, 0, 0], labels[3, 5, 0], labels[1, 1, 2] = 4, 4, 16
+    car, vegetation = conversions.class_cubes(frame_of(labels), 1.0, "height")
+    layers = conversions.height_colors_rgba(3, 1.0)
+    assert (car.colors_rgba == layers[0]).all() and len(car.colors_rgba) == 2
+    assert (vegetation.colors_rgba == layers[2]).all() and not np.array_equal(layers[0], layers[2])
 
 
 def test_cloud_holds_every_occupied_voxel():
