@@ -10,7 +10,7 @@ import numpy as np
 
 from occflownet_ros.frame_assembler import TIME_JUMP_NS
 
-_REMEMBERED = 128
+_REMEMBERED = 64
 _FEWEST_INTERVALS = 8
 _LONGEST_GAP_PERIODS = 10
 

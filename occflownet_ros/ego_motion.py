@@ -94,7 +94,7 @@ class EgoMotion:
 
     Attributes:
         resets: how often the memory was forgotten, by cause: first_set, time_jump, gap, no_odometry, pose_jump, engine.
-        last_reason: one sentence about the latest reset; empty after a step that went well.
+        last_reason: one sentence about the latest reset that was more than a beginning; empty while there was none.
     """
 
     def __init__(self, max_gap_s: float, max_speed_mps: float, max_yaw_rate_rps: float) -> None:
@@ -112,10 +112,11 @@ class EgoMotion:
             stamp_ns: the set's stamp.
             odom_from_base: the vehicle's pose at that moment, None where it is unknown.
         """
-        cause, self.last_reason = self._reset_cause(stamp_ns, odom_from_base)
+        cause, reason = self._reset_cause(stamp_ns, odom_from_base)
         previous, self._previous = self._previous, (stamp_ns, odom_from_base)
         if cause:
             self.resets[cause] += 1
+            self.last_reason = self.last_reason if cause == "first_set" else reason
             return None
         return poses.inverse(previous[1]) @ odom_from_base
 
@@ -129,7 +130,7 @@ class EgoMotion:
         if odom_from_base is None:
             return "no_odometry", f"no odometry around {stamp_ns / 1e9:.3f} s; memory forgotten"
         if self._previous is None or self._previous[1] is None:
-            return "first_set", "first set with a known pose; memory starts here"
+            return "first_set", ""
         elapsed_s = (stamp_ns - self._previous[0]) / 1e9
         if elapsed_s <= 0:
             return "time_jump", f"time jumped back by {-elapsed_s:.3f} s; memory forgotten"

@@ -72,7 +72,7 @@ class PipelineReport:
         sets: the assembler's counters, plus processed, undecodable, failed.
         poses: the pose buffer's.
         resets: of the memory, by cause.
-        reset_reason: of the latest step, empty if it went well.
+        reset_reason: of the latest reset, empty while there was none.
         calibration_problem: why the engine refuses the rig, empty if it does not.
         last_image_s: arrival of each camera's last image on the monotonic clock, None before the first.
         cadences: what each camera's stamps say about images that never came.

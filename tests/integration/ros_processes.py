@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -105,19 +105,25 @@ class NodeProcess:
 
 
 class Vehicle:
-    """Publishes what a vehicle's drivers would, and collects what the node says."""
+    """Publishes what a vehicle's drivers would, and collects what the node says.
 
-    def __init__(self) -> None:
+    Args:
+        cameras: names; each has a namespace of its own.
+        size_px: width and height of their images.
+    """
+
+    def __init__(self, cameras: Sequence[str] = CAMERAS, size_px: tuple[int, int] = (WIDTH_PX, HEIGHT_PX)) -> None:
         ros_environment()
         self.context = Context()
         rclpy.init(context=self.context, domain_id=DOMAIN_ID)
         self.node = Node("test_vehicle", context=self.context)
         self.executor = SingleThreadedExecutor(context=self.context)
+        self.cameras, self._size_px = tuple(cameras), size_px
         qos = QoSProfile(depth=10)
         self._images = [
-            self.node.create_publisher(CompressedImage, f"/{c}/image_rect_compressed", qos) for c in CAMERAS
+            self.node.create_publisher(CompressedImage, f"/{c}/image_rect_compressed", qos) for c in cameras
         ]
-        self._infos = [self.node.create_publisher(CameraInfo, f"/{c}/camera_info", qos) for c in CAMERAS]
+        self._infos = [self.node.create_publisher(CameraInfo, f"/{c}/camera_info", qos) for c in cameras]
         self._odometry = self.node.create_publisher(Odometry, "/odom", qos)
         self.diagnostics: list[DiagnosticArray] = []
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self.diagnostics.append, QoSProfile(depth=20))
@@ -147,13 +153,15 @@ class Vehicle:
         finally:
             self.executor.remove_node(self.node)
 
-    def send_calibration(self, stamp_ns: int, fx_px: float = 1260.0, width_px: int = WIDTH_PX) -> None:
-        for name, publisher in zip(CAMERAS, self._infos, strict=True):
-            message = CameraInfo(width=width_px, height=HEIGHT_PX)
+    def send_calibration(self, stamp_ns: int, fx_px: float = 1260.0) -> None:
+        width_px, height_px = self._size_px
+        cx_px, cy_px = width_px / 2, height_px * 480 / 900
+        for name, publisher in zip(self.cameras, self._infos, strict=True):
+            message = CameraInfo(width=width_px, height=height_px)
             message.header.stamp = conversions.time_message(stamp_ns)
             message.header.frame_id = name
-            message.k = [fx_px, 0.0, 800.0, 0.0, fx_px, 480.0, 0.0, 0.0, 1.0]
-            message.p = [fx_px, 0.0, 800.0, 0.0, 0.0, fx_px, 480.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+            message.k = [fx_px, 0.0, cx_px, 0.0, fx_px, cy_px, 0.0, 0.0, 1.0]
+            message.p = [fx_px, 0.0, cx_px, 0.0, 0.0, fx_px, cy_px, 0.0, 0.0, 0.0, 1.0, 0.0]
             publisher.publish(message)
 
     def send_odometry(self, stamp_ns: int, x_m: float) -> None:
@@ -161,17 +169,24 @@ class Vehicle:
         message.header.stamp = conversions.time_message(stamp_ns)
         message.header.frame_id = "odom"
         message.pose.pose.position.x = x_m
+        self.publish_odometry(message)
+
+    def publish_odometry(self, message: Odometry) -> None:
         self._odometry.publish(message)
 
     def send_image(self, camera: int, stamp_ns: int, data: bytes) -> None:
         message = CompressedImage(format="jpeg", data=array.array("B", data))
         message.header.stamp = conversions.time_message(stamp_ns)
-        message.header.frame_id = CAMERAS[camera]
+        message.header.frame_id = self.cameras[camera]
         self._images[camera].publish(message)
+
+    def send_bytes(self, camera: int, serialised: bytes) -> None:
+        """On a camera's image topic, whatever they are."""
+        self._images[camera].publish(serialised)
 
     def send_images(self, stamp_ns: int, data: bytes, but: dict[int, bytes] | None = None) -> None:
         """One sweep: every camera a few milliseconds after the one before; ``but`` replaces some cameras' data."""
-        for camera in range(len(CAMERAS)):
+        for camera in range(len(self.cameras)):
             self.send_image(camera, stamp_ns + camera * 8_000_000, (but or {}).get(camera, data))
 
     def status(self, name: str) -> dict[str, str]:
