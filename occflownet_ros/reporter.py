@@ -61,7 +61,7 @@ class Reporter:
         if not calibration.problem:
             self._calibrated_s = now_s
         elif (waited_s := now_s - self._calibrated_s) > self._settings.calibration_timeout_s:
-            self._complain("calibration", f"no calibration for {waited_s:.0f} s: {calibration.problem}")
+            self._complain(calibration.problem, f"no calibration for {waited_s:.0f} s: {calibration.problem}")
         statuses = [
             diagnostics.engine_status(
                 f"{bundle.name} on {self._engine.name}",
