@@ -24,17 +24,10 @@ from occflownet_core.errors import ExportError, OccflownetError
 from occflownet_core.lift_tables import build_lift_tables
 from occflownet_core.model import DeployedModel, ModelConfig, OccFlowNet
 from occflownet_core.runtime.bundle import GRAPH, WEIGHTS, Bundle, RecurrentState, load_bundle, write_bundle
+from occflownet_core.runtime.comparison import HALF_PRECISION, SINGLE_PRECISION, Parity
 from training.checkpoint import load_checkpoint
 from training.graph import export_graph, store_half
-from training.parity import (
-    HALF_PRECISION,
-    PARITY_FRAMES,
-    SINGLE_PRECISION,
-    Parity,
-    check_parity,
-    drive,
-    ring_rig,
-)
+from training.parity import PARITY_FRAMES, check_parity, drive, ring_rig
 
 TRAINING_CHECKPOINT = ".ckpt"
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,28 +14,11 @@ from occflownet_core.errors import ExportError
 from occflownet_core.lift_tables import build_lift_tables
 from occflownet_core.model import DeployedModel, ModelConfig, OccFlowNet
 from occflownet_core.runtime.bundle import Bundle
+from occflownet_core.runtime.comparison import SINGLE_PRECISION, EngineOutput, Parity, difference, worst
 from occflownet_core.runtime.engine import Prediction
 from occflownet_core.runtime.onnx_engine import OnnxEngine
 
 PARITY_FRAMES = 6
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How well the exported graph agrees with the network over a drive.
-
-    Attributes:
-        label_agreement: share of voxels with the same label, the worst frame's.
-        probability_error: largest difference of occupancy probability, and of velocity (m/s) where there is one.
-    """
-
-    label_agreement: float
-    probability_error: float
-
-
-SINGLE_PRECISION = Parity(label_agreement=0.999, probability_error=1e-3)
-HALF_PRECISION = Parity(label_agreement=0.98, probability_error=0.1)
-"""What an exported graph must keep to, by the precision that its weights are stored in."""
 
 
 def check_parity(
@@ -59,20 +41,16 @@ def check_parity(
     deployed = DeployedModel(model).eval()
     tables = table_tensors(rig, model)
     threshold, state = torch.tensor(engine.occupancy_threshold), model.empty_state()
-    agreement, error = [], []
-    for images, previous_from_current in drive(model.config, frames):
-        ours = engine.infer(images, previous_from_current)
+    parities = []
+    for frame, (images, previous_from_current) in enumerate(drive(model.config, frames)):
+        graph = EngineOutput(engine.infer(images, previous_from_current))
         motion = torch.from_numpy(previous_from_current).float()
         with torch.no_grad():
             *results, state = deployed(torch.from_numpy(images), *tables, motion, threshold, state)
-        theirs = Prediction(*(result.numpy() for result in results))
-        agreement.append(float((theirs.labels == ours.labels).mean()))
-        error.append(float(np.abs(theirs.probability - ours.probability).max()))
-        if theirs.velocity_mps is not None:
-            error.append(float(np.abs(theirs.velocity_mps - ours.velocity_mps).max()))
-    parity = Parity(min(agreement), max(error))
-    agree = parity.label_agreement >= required.label_agreement
-    if not (agree and parity.probability_error <= required.probability_error):
+        network = EngineOutput(Prediction(*(result.numpy() for result in results)))
+        parities.append(difference(str(frame), network, graph).parity)
+    parity = worst(parities)
+    if not required.allows(parity):
         raise ExportError(
             f"the exported graph is not the network: {parity.label_agreement:.4%} of labels agree, probabilities "
             f"or velocities differ by up to {parity.probability_error:.2g}; nothing was written"

@@ -21,6 +21,8 @@ from occflownet_core.runtime.bundle import Bundle
 _log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "onnxruntime", "torch")
+SINGLE, HALF = "fp32", "fp16"
+PRECISIONS = (SINGLE, HALF)
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,11 @@ class Engine(ABC):
     Attributes:
         bundle: what it runs.
         name: the backend, for logs and diagnostics.
+        precision: ``fp32`` (as exported) or ``fp16``.
     """
 
     name: str
+    precision: str = SINGLE
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
@@ -121,6 +125,13 @@ class Engine(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Forget the memory."""
+
+    def memory(self) -> dict[str, np.ndarray]:
+        """A copy of what the next run would remember, by the name of the graph's output; for comparing engines.
+
+        An engine may have none to show.
+        """
+        return {}
 
     @abstractmethod
     def _load_tables(self, tables: LiftTables) -> None:

@@ -46,6 +46,9 @@ class OnnxEngine(Engine):
     def reset(self) -> None:
         self._memory[0] = self._zeros()
 
+    def memory(self) -> dict[str, np.ndarray]:
+        return {name: value.numpy().copy() for name, value in self._memory[0].items()}
+
     def _load_tables(self, tables: LiftTables) -> None:
         for name in _TABLES:
             self._bind_input(name, np.ascontiguousarray(getattr(tables, name)))

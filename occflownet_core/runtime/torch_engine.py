@@ -50,6 +50,9 @@ class TorchEngine(Engine):
     def reset(self) -> None:
         self._state = self._deployed.model.empty_state()
 
+    def memory(self) -> dict[str, np.ndarray]:
+        return {self._deployed.outputs[-1]: self._state.cpu().numpy()}
+
     def _load_tables(self, tables: LiftTables) -> None:
         arrays = (tables.pixel_index, tables.depth_index, tables.depth_weight)
         self._table_tensors = [torch.from_numpy(array).to(self._device) for array in arrays]
