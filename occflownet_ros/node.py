@@ -7,6 +7,7 @@ Data flows one way: Inputs (subscriptions) -> Pipeline (assembler, decoding, eng
 from __future__ import annotations
 
 import functools
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -185,11 +186,12 @@ def _require_tf(settings: Settings) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the node until SIGINT or SIGTERM."""
+    _interrupt_once()
     rclpy.init(args=args)
-    node = OccflownetNode()
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
+    executor, node = SingleThreadedExecutor(), None
     try:
+        node = OccflownetNode()
+        executor.add_node(node)
         executor.spin()
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
@@ -198,10 +200,29 @@ def main(args: list[str] | None = None) -> None:
         if rclpy.ok():
             raise
     finally:
-        node.release()
+        if node is not None:
+            node.release()
         executor.shutdown()
-        node.destroy_node()
+        if node is not None:
+            node.destroy_node()
         rclpy.try_shutdown()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # or it would kill the interpreter while that ends
+
+
+def _interrupt_once() -> None:
+    """Let the first SIGINT raise KeyboardInterrupt and any later one do nothing, so that tidying up is not interrupted.
+
+    To be called before ``rclpy.init``, whose own handler goes on top of this one and passes the signal on.
+    """
+    was_interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal was_interrupted
+        if not was_interrupted:
+            was_interrupted = True
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
 
 
 if __name__ == "__main__":
