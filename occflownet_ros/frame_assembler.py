@@ -66,7 +66,7 @@ class _Waiting(Generic[T]):
 @dataclass(frozen=True)
 class _Anchor:
     stamp_ns: int
-    deadline_s: float
+    arrived_s: float
 
 
 class FrameAssembler(Generic[T]):
@@ -129,7 +129,7 @@ class FrameAssembler(Generic[T]):
         self._waiting[camera].append(_Waiting(stamp_ns, image))
         if camera == self._anchor_camera:
             self.sets["opened"] += 1
-            self._anchors.append(_Anchor(stamp_ns, self._now_s() + self.deadline_ms / 1e3))
+            self._anchors.append(_Anchor(stamp_ns, self._now_s()))
         if len(self._waiting[camera]) > _WAITING_LIMIT:
             self._make_room(camera)
         self._close_what_can_be()
@@ -145,7 +145,7 @@ class FrameAssembler(Generic[T]):
 
     def next_deadline_s(self) -> float | None:
         """When ``take`` may next have something without a new image, on the injected clock; None if nothing waits."""
-        return self._anchors[0].deadline_s if self._anchors else None
+        return self._anchors[0].arrived_s + self.deadline_ms / 1e3 if self._anchors else None
 
     @property
     def anchor_period_s(self) -> float | None:
@@ -167,10 +167,10 @@ class FrameAssembler(Generic[T]):
 
         An older set that still waits is closed with it: its missing images could only come out of order.
         """
-        now_s = self._now_s()
+        arrived_before_s = self._now_s() - self.deadline_ms / 1e3
         closable = 0
         for position, anchor in enumerate(self._anchors):
-            if anchor.deadline_s <= now_s or self._is_settled(position):
+            if anchor.arrived_s <= arrived_before_s or self._is_settled(position):
                 closable = position + 1
         for _ in range(closable):
             self._close()

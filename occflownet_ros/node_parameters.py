@@ -56,17 +56,31 @@ class NodeParameters:
 
     def _on_set(self, changes: list) -> SetParametersResult:
         changed = {change.name: change.value for change in changes if change.name in parameters.NAMES}
-        if self.settings is None or not changed:
-            return SetParametersResult(successful=True)  # checked at configure
-        fixed = sorted(set(changed) - parameters.LIVE)
+        if self.settings is None:
+            return _checked_one_by_one(changed)
+        # What stays as it is may be set again: ``ros2 param load`` sends every parameter of a file.
+        is_new = {name for name, value in changed.items() if value != self._node.get_parameter(name).value}
+        fixed = sorted(is_new - parameters.LIVE)
         if fixed:
             reason = (
                 f"{', '.join(fixed)} is fixed while the node is configured; clean it up, change it, configure again"
             )
             return SetParametersResult(successful=False, reason=reason)
+        if not changed:
+            return SetParametersResult(successful=True)
         try:
             self.settings = self._with(changed)
         except ParameterError as error:
             return SetParametersResult(successful=False, reason=str(error))
         self._on_change(self.settings)
         return SetParametersResult(successful=True)
+
+
+def _checked_one_by_one(changed: dict[str, object]) -> SetParametersResult:
+    """Before configure the order of changes must not matter: whether values go together is checked there."""
+    try:
+        for name, value in changed.items():
+            parameters.check_value(name, value)
+    except ParameterError as error:
+        return SetParametersResult(successful=False, reason=str(error))
+    return SetParametersResult(successful=True)

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from occflownet_core.errors import OccflownetError
+
+_WORD = r"[A-Za-z_]\w*"
+_TOPIC = re.compile(rf"(~/|/)?{_WORD}(/{_WORD})*", re.ASCII)
 
 
 class ParameterError(OccflownetError):
@@ -23,10 +27,12 @@ def _parameter(
     low: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] = (),
+    is_topic: bool = False,
     live: bool = False,
 ) -> object:
     """A row of the table; ``live`` parameters may change while the node is configured."""
-    limits = {"text": text, "unit": unit, "low": low, "high": high, "choices": choices, "live": live}
+    limits = {"unit": unit, "low": low, "high": high, "choices": choices, "is_topic": is_topic}
+    limits |= {"text": text, "live": live}
     if isinstance(default, tuple):
         return field(default_factory=lambda: default, metadata={**limits, "default": default})
     return field(default=default, metadata={**limits, "default": default})
@@ -45,7 +51,9 @@ class Settings:
     threads: int = _parameter(0, "Threads of the inference engine; 0 lets it choose.", low=0, high=256)
     base_frame: str = _parameter("base_link", "Ego frame: extrinsics are relative to it, outputs are expressed in it.")
     camera_namespaces: tuple[str, ...] = _parameter(
-        (), "Namespace of each camera, in the bundle's order; empty means /<camera name> of the bundle."
+        (),
+        "Namespace of each camera, in the bundle's order; empty means /<camera name> of the bundle.",
+        is_topic=True,
     )
     anchor_camera: str = _parameter(
         "", "Camera (name in the bundle) whose image opens a set and gives its stamp; empty means the bundle's first."
@@ -107,7 +115,9 @@ class Settings:
         "Where the vehicle's motion comes from: odom_topic, tf (odom_frame to base_frame), or nowhere: without memory.",
         choices=("odometry", "tf", "none"),
     )
-    odom_topic: str = _parameter("/odom", "Topic of nav_msgs/Odometry of the base frame; empty is ego_motion none.")
+    odom_topic: str = _parameter(
+        "/odom", "Topic of nav_msgs/Odometry of the base frame; empty is ego_motion none.", is_topic=True
+    )
     odom_frame: str = _parameter("odom", "With ego_motion tf: frame that stands still and in which base_frame moves.")
     odom_reliability: str = _parameter(
         "best_effort",
@@ -239,6 +249,15 @@ LOCKSTEP = {**EVERY_SET, "odom_wait_ms": 1000.0, "memory_max_gap_s": 60.0}
 """Values for replays keyframe by keyframe: besides, a set waits for its pose, and the memory outlives the time between two."""
 
 
+def check_value(name: str, value: object) -> None:
+    """Check a parameter's value by itself.
+
+    Raises:
+        ParameterError: it is of the wrong type, or outside its limits.
+    """
+    _checked({row.name: row for row in fields(Settings)}[name], value)
+
+
 def defaults() -> dict[str, object]:
     """ROS values of the defaults, by name, in the table's order (tuples as lists; ROS has no empty string list)."""
     return {
@@ -288,12 +307,17 @@ def _limits(row) -> str:
 def _checked(row, value: object) -> object:
     default, choices = row.metadata["default"], row.metadata["choices"]
     if isinstance(default, tuple):
-        return _checked_strings(row.name, value)
+        entries = _checked_strings(row.name, value)
+        for entry in entries:
+            _check_topic(row, entry)
+        return entries
     if isinstance(default, str):
         if not isinstance(value, str):
             raise ParameterError(f"{row.name} is {value!r}; give a string")
         if choices and value not in choices:
             raise ParameterError(f"{row.name} is '{value}'; choose {' or '.join(choices)}")
+        if value:
+            _check_topic(row, value)
         return value
     if isinstance(default, bool):
         if not isinstance(value, bool):
@@ -306,6 +330,14 @@ def _checked(row, value: object) -> object:
     if not row.metadata["low"] <= value <= row.metadata["high"]:
         raise ParameterError(f"{row.name} is {value:g}; give {row.metadata['unit'] or 'a value'} from {_limits(row)}")
     return type(default)(value)
+
+
+def _check_topic(row, value: str) -> None:
+    if row.metadata["is_topic"] and not _TOPIC.fullmatch(value):
+        raise ParameterError(
+            f"{row.name} has '{value}', which is no ROS name; give words of letters, digits and _, none beginning with a "
+            "digit, with one / between them and none at the end"
+        )
 
 
 def _checked_strings(name: str, value: object) -> tuple[str, ...]:

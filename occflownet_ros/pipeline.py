@@ -203,6 +203,7 @@ class Pipeline:
             self._engine.occupancy_threshold = (
                 settings.occupancy_threshold if settings.occupancy_threshold >= 0 else tuned
             )
+            self._changed.notify_all()  # what waits, waits by the new values
 
     def start(self) -> None:
         self._thread.start()
