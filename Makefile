@@ -50,6 +50,7 @@ test: $(STAMPS)-test
 bench: $(STAMPS)-test
 	$(BIN)/python -m benchmarks.pipeline --out out/bench
 	$(BIN)/python -m benchmarks.assembler --out out/bench
+	$(BIN)/python -m benchmarks.outputs --out out/bench
 	$(BIN)/python -m benchmarks.data --out out/bench
 	$(BIN)/python -m benchmarks.rendering --out out/bench
 

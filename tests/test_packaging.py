@@ -49,7 +49,14 @@ def test_ros2_run_and_launch_find_everything(colcon_install):
     for executable in EXECUTABLES:
         assert os.access(colcon_install / "lib" / "occflownet_ros" / executable, os.X_OK)
     share = colcon_install / "share" / "occflownet_ros"
-    for path in ("package.xml", "launch/occ.launch.py", "config/occ.yaml", "config/occ.rviz", "config/fastdds.xml"):
+    for path in (
+        "package.xml",
+        "launch/occ.launch.py",
+        "config/occ.yaml",
+        "config/occ.rviz",
+        "config/fastdds.xml",
+        "config/foxglove.json",
+    ):
         assert (share / path).is_file(), path
     assert (colcon_install / "share" / "ament_index" / "resource_index" / "packages" / "occflownet_ros").is_file()
 
