@@ -43,6 +43,10 @@ class Camera:
         k = np.asarray(self.intrinsic, dtype=np.float64)
         if k.shape != (3, 3):
             raise CalibrationError(f"{self.name}: the intrinsic matrix has shape {k.shape}; give 3 x 3")
+        if np.isfinite(np.diag(k)).all() and not np.isfinite(k).all():
+            raise CalibrationError(
+                f"{self.name}: the intrinsic matrix {k.tolist()} has a value that is not finite: calibrate the camera"
+            )
         if not np.isfinite(k).all() or k[0, 0] <= 0 or k[1, 1] <= 0:
             raise CalibrationError(
                 f"{self.name}: focal lengths are fx = {k[0, 0]:g}, fy = {k[1, 1]:g} px; "

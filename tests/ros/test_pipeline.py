@@ -211,6 +211,24 @@ def test_images_are_rectified_with_the_model_of_the_day(make):
     assert (it.engine.calls[1][0][0] == columns).all()
 
 
+def test_rectification_tables_are_made_once_per_calibration(make, monkeypatch):
+    made = []
+    real = CameraModel.network_maps
+    monkeypatch.setattr(CameraModel, "network_maps", lambda self, t: made.append(self.distortion[0]) or real(self, t))
+
+    def bent(k1: float) -> CameraModel:
+        matrix = (50.0, 0.0, 32.0, 0.0, 50.0, 16.0, 0.0, 0.0, 1.0)
+        return CameraModel("LEFT", WIDTH_PX, HEIGHT_PX, "plumb_bob", (k1, 0, 0, 0, 0), matrix, (0.0,) * 9, (0.0,) * 12)
+
+    it = make(decode_threads=1)
+    for k, models in enumerate([(bent(-0.1), None), (bent(-0.1), None), (bent(-0.2), None), (bent(-0.2), None)]):
+        it.pipeline.set_rig(rig(), models)
+        for sweep in range(2):
+            it.sweep(100 * (2 * k + sweep + 1))
+            it.until(lambda wanted=2 * k + sweep + 1: len(it.outputs.frames) == wanted)
+    assert made == [-0.1, -0.2]
+
+
 @pytest.mark.parametrize("policy", ["drop", "mask"])
 def test_undecodable_images_follow_the_policy_for_missing_cameras(make, policy):
     it = make(missing_cameras=policy)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
+from occflownet_core import poses
 from occflownet_core.camera import Camera, CameraRig
 from occflownet_core.errors import CalibrationError
 from occflownet_core.preprocess import ImageTransform
@@ -20,6 +21,7 @@ from occflownet_ros.camera_model import CameraModel
 WIDTH_PX, HEIGHT_PX = 640, 360
 TRANSFORM = ImageTransform.fit(WIDTH_PX, HEIGHT_PX, 160, 64)  # a quarter, 26 rows cut off at the top
 DISTORTIONS = {
+    "thin_prism": [0.2, -0.1, 0.001, 0.002, 0.01, 0.5, -0.05, 0.02, 0.003, -0.001, 0.002, 0.001],
     "plumb_bob": [-0.3, 0.1, 0.001, -0.002, -0.01],
     "rational_polynomial": [0.2, -0.1, 0.001, 0.002, 0.01, 0.5, -0.05, 0.02],
     "equidistant": [0.05, -0.01, 0.004, -0.001],
@@ -44,6 +46,43 @@ def scene() -> np.ndarray:
 
 def step_by_step(model: CameraModel) -> np.ndarray:
     return TRANSFORM.image(cv2.remap(scene(), *model.maps, cv2.INTER_LINEAR))
+
+
+def seen_at(message: CameraInfo, u: float, v: float) -> tuple[float, float]:
+    """Where a rectified pixel is in the sensor's image, by the formulas of OpenCV's documentation, for one point."""
+    k, p = np.reshape(message.k, (3, 3)), np.reshape(message.p, (3, 4))[:, :3]
+    x, y, z = np.reshape(message.r, (3, 3)).T @ np.linalg.solve(p, (u, v, 1.0))
+    x, y = x / z, y / z
+    r2 = x * x + y * y
+    if message.distortion_model == "equidistant":
+        angle = np.arctan(np.sqrt(r2))
+        bent = angle * (1 + sum(k_i * angle ** (2 * i + 2) for i, k_i in enumerate(message.d)))
+        x, y = x * bent / np.sqrt(r2), y * bent / np.sqrt(r2)
+    else:
+        k1, k2, p1, p2, k3, k4, k5, k6, s1, s2, s3, s4 = (*message.d, *[0.0] * (12 - len(message.d)))
+        radial = (1 + k1 * r2 + k2 * r2**2 + k3 * r2**3) / (1 + k4 * r2 + k5 * r2**2 + k6 * r2**3)
+        x, y = (
+            x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x) + s1 * r2 + s2 * r2**2,
+            y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y + s3 * r2 + s4 * r2**2,
+        )
+    return tuple((k @ (x, y, 1.0))[:2])
+
+
+@pytest.mark.parametrize("name", DISTORTIONS)
+def test_lookups_follow_the_formulas_of_each_model(name):
+    message = info(name)
+    half_rad = np.radians(3) / 2
+    message.r = poses.rotation_from_quaternion((np.cos(half_rad), 0, np.sin(half_rad), 0)).ravel().tolist()
+    model = CameraModel.from_message(message)
+    x, y = model.maps
+    for u, v in ((5, 7), (320, 180), (600, 40), (100, 350), (639, 359)):
+        assert (x[v, u], y[v, u]) == pytest.approx(seen_at(message, u, v), abs=2e-3)
+    # The network's pixel (i, j) has its middle at 4 i + 1.5, 4 (j + 26) + 1.5 of the rectified image.
+    small_x, small_y = cv2.convertMaps(*model.network_maps(TRANSFORM), cv2.CV_32FC1)
+    for i, j in ((3, 2), (80, 32), (150, 60)):
+        expected = np.array(seen_at(message, 4 * i + 1.5, 4 * (j + 26) + 1.5))
+        found = np.array((small_x[j, i], small_y[j, i])) * 4 + 1.5  # in the sensor's image before it was reduced by 4
+        assert found == pytest.approx(expected, abs=0.1)  # a fixed-point table: steps of 1/32 of a reduced pixel
 
 
 @pytest.mark.parametrize("name", DISTORTIONS)
@@ -110,6 +149,37 @@ def test_a_stereo_pairs_rectification_turns_the_image_and_not_its_frame():
     x, y = calibration.models[0].maps
     # Rectified pixel (318 + 38, 181) is the direction (0.1, 0, 1); R^T makes it (0, -0.1, 1); K makes it (322, 177 - 40.5).
     assert (x[181, 356], y[181, 356]) == pytest.approx((322, 136.5))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("k", [0.0] * 9, "the camera_info of optical has fx = 0, fy = 0 px in K and must have positive ones"),
+        ("k", [400.0, 0, 322, 0, NAN, 177, 0, 0, 1], "fx = 400, fy = nan px in K"),
+        ("k", [-400.0, 0, 322, 0, 405, 177, 0, 0, 1], "fx = -400, fy = 405 px in K"),
+        ("p", [0.0, 0, 318, 0, 0, 382, 181, 0, 0, 0, 1, 0], "FRONT: focal lengths are fx = 0, fy = 382 px"),
+        ("p", [380.0, 0, NAN, 0, 0, 382, 181, 0, 0, 0, 1, 0], "FRONT: the intrinsic matrix [[380.0, 0.0, nan], "),
+        ("r", [1.0, 0, 0, 0, 0, 0, 0, 0, 0], "an R that is no rotation, [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]"),
+        ("r", [1.0, 0, 0, 0, 1, 0, 0, 0, -1], "an R that is no rotation"),
+        ("r", [NAN] * 9, "an R that is no rotation"),
+        ("d", [NAN, 0.0, 0.0, 0.0, 0.0], "distortion coefficients [nan, 0.0, 0.0, 0.0, 0.0]; all must be finite"),
+        ("width", 0, "FRONT: image size is 0 x 360; both must be positive"),
+        ("distortion_model", "mei", "has distortion model 'mei' with 5 coefficients; known are plumb_bob, rational"),
+    ],
+)
+def test_calibration_that_makes_no_sense_stops_until_it_does(field, value, says):
+    calibration = source()
+    good = conversions.intrinsics_from_info(info(), rectify=True)
+    assert calibration.set_intrinsics(0, good)
+    wrong = info()
+    setattr(wrong, field, value)
+    assert calibration.set_intrinsics(0, conversions.intrinsics_from_info(wrong, rectify=True))
+    assert calibration.rig is None and says in calibration.problem and "\n" not in calibration.problem
+    assert calibration.set_intrinsics(0, good)
+    assert calibration.rig is not None and calibration.problem == "" and calibration.changes == 2
 
 
 def test_unknown_distortion_is_named():
