@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from occflownet_core.errors import ConfigError, GeometryError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.interpolate import require_volume, trilinear
 from occflownet_core.labels import FREE
+from occflownet_core.query import POINTS_AT_A_TIME, FieldSamples, batches, require_points
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,44 @@ class OccupancyField:
         features, inside = self._at(points_m, batch_index)
         return self.decoder.logits(features) * inside[:, None]
 
+    def query(
+        self,
+        points_m: Tensor,
+        length_m: float,
+        sample: int = 0,
+        gradient: bool = False,
+        points_at_a_time: int = POINTS_AT_A_TIME,
+    ) -> FieldSamples:
+        """The field of one sample at any number of points, in bounded memory and without a graph for training
+        (which samples ``density`` and ``semantics``, or the ``lattice``: all agree at the working cells' centres).
+
+        Args:
+            points_m: [N, 3], ego frame.
+            length_m: what the probability is of: that so long a piece of the density is opaque. The edge of a label
+                voxel gives what labels are thresholded by.
+            sample: which of the batch.
+            gradient: whether the probability's gradient is wanted.
+            points_at_a_time: bounds the memory.
+
+        Raises:
+            GeometryError: the points are not [N, 3], or one is NaN.
+        """
+        require_points(points_m)
+        one = OccupancyField(self.features[sample : sample + 1], self.grid, self.decoder)
+        parts = [one._query(points_m[part], length_m, gradient) for part in batches(len(points_m), points_at_a_time)]
+        return FieldSamples(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _query(self, points_m: Tensor, length_m: float, gradient: bool) -> FieldSamples:
+        points_m = points_m.detach().requires_grad_(gradient)
+        with torch.set_grad_enabled(gradient):
+            features, inside = self._at(points_m, points_m.new_zeros(len(points_m), dtype=torch.long))
+            density = self.decoder.density(self.decoder.pre_density(features)) * inside
+            probability = occupancy_probability(density, length_m)
+            slope_per_m = torch.autograd.grad(probability.sum(), points_m)[0] if gradient else None
+        with torch.no_grad():
+            logits = self.decoder.logits(features) * inside[:, None]
+        return FieldSamples(probability.detach(), logits, inside, slope_per_m)
+
     def lattice(self, grid: VoxelGrid | None = None) -> tuple[Tensor, Tensor]:
         """Density [B, Z, Y, X] and logits [B, 17, Z, Y, X] at a grid's cell centres: decoded, then interpolated.
 
@@ -167,6 +207,29 @@ class OccupancyField:
                 f"grid from {grid.lower_m} in cells of {grid.voxel_size_m} m; give the same box in cells that divide its own"
             )
         return factor
+
+
+@dataclass(frozen=True)
+class TorchField:
+    """An occupancy field that answers in NumPy (``query.QueryableField``).
+
+    Attributes:
+        field: what is queried.
+        length_m: what the probability is of (see ``OccupancyField.query``).
+        sample: which of the batch.
+    """
+
+    field: OccupancyField
+    length_m: float
+    sample: int = 0
+
+    def probability(self, points_m: np.ndarray) -> np.ndarray:
+        return self.samples(points_m).probability
+
+    def samples(self, points_m: np.ndarray, gradient: bool = False) -> FieldSamples:
+        points = torch.from_numpy(points_m).to(self.field.features)
+        answer = self.field.query(points, self.length_m, self.sample, gradient)
+        return FieldSamples(*(None if part is None else part.cpu().numpy() for part in answer))
 
 
 def refine(volume: Tensor, factor: int) -> Tensor:
