@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Voxel fitting: the voxel field that rays ask for, without a network. Every voxel has a free density and free logits."""
+"""Voxel fitting: the voxel field that rays ask for, without a network. Every voxel has a free density and free logits.
+
+A field may have several *levels*: coarser lattices, interpolated and added to the finest. What lies between two lines of a
+LiDAR, where no ray says anything, then takes after its neighbours; a flat level (coarse in x and y, fine in z) does that for
+the ground, a tall one for walls.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from occflownet_core.field import FieldConfig, FieldDecoder, occupancy_probability
@@ -22,6 +28,11 @@ from training.objective import draw_rays
 
 RECIPE = LossConfig(return_weight=1.0, range_error="huber", range_weight=0.05, opacity_weight=0.2, semantic_weight=1.0)
 """The ray losses that ``training/configs/minicity_tiny.yaml`` trains with."""
+
+Level = tuple[int, int, int]
+"""How many of the grid's cells one cell of a level covers along x, y and z."""
+
+FINEST: Level = (1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class FitSettings:
             epsilon): relative, because losses differ in what they weigh.
         least_logit_gradient: the same for logits.
         seed: of the drawn rays.
+        density_levels, logit_levels: see the module.
     """
 
     steps: int = 32
@@ -52,6 +64,8 @@ class FitSettings:
     least_share: float = 0.2
     least_logit_gradient: float = 1e-5
     seed: int = 0
+    density_levels: tuple[Level, ...] = (FINEST,)
+    logit_levels: tuple[Level, ...] = (FINEST,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,13 +141,14 @@ def fit_voxels(
     activation = activation or voxel_activation(settings)
     generator = torch.Generator().manual_seed(settings.seed)
     start = activation.density_head[-1].bias.detach()
-    evidence = torch.zeros((1, *grid.shape[::-1]), requires_grad=True)  # for a voxel being occupied, [1, Z, Y, X]
-    table = torch.zeros((1, *grid.shape[::-1], OCCUPIED_CLASSES), requires_grad=True)  # [1, Z, Y, X, 17]
-    seen = torch.zeros_like(evidence, dtype=torch.bool)
+    evidence = [_lattice(1, level, grid) for level in settings.density_levels]  # for a cell being occupied
+    table = [_lattice(OCCUPIED_CLASSES, level, grid) for level in settings.logit_levels]
+    seen = torch.zeros((1, *grid.shape[::-1]), dtype=torch.bool)
+    slow = {"lr": settings.density_rate, "weight_decay": settings.forgetting}
     optimizer = torch.optim.AdamW(
         [
-            {"params": [evidence], "lr": settings.density_rate, "weight_decay": settings.forgetting},
-            {"params": [table], "lr": settings.logit_rate, "weight_decay": 0.0},
+            *({"params": [part], **slow} for part in evidence),
+            {"params": table, "lr": settings.logit_rate, "weight_decay": 0.0},
         ],
         betas=(0.9, 0.99),
         eps=settings.least_logit_gradient,
@@ -144,25 +159,46 @@ def fit_voxels(
     )
     for step in range(settings.steps):
         drawn = draw_rays(rays, settings.rays_per_step, settings.current_share, generator)
-        field = VoxelField(activation.density(start + evidence), table.movedim(-1, 1), grid)
+        pre_density, logits = start + _summed(evidence, grid)[:, 0], _summed(table, grid)
+        pre_density.retain_grad()
+        field = VoxelField(activation.density(pre_density), logits, grid)
         rendered = render(field, drawn, grid, motion, rendering, generator)
         terms = ray_losses(rendered, drawn, losses, rendering)
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
-        seen |= evidence.grad != 0
+        seen |= pre_density.grad != 0
         if step == 0:
-            optimizer.param_groups[0]["eps"] = settings.least_share * _typical(evidence.grad)
+            for group, part in zip(optimizer.param_groups, evidence, strict=False):
+                group["eps"] = settings.least_share * _typical(part.grad)
         optimizer.step()
         schedule.step()
         on_step(terms)
+    with torch.no_grad():
+        pre_density, logits = start + _summed(evidence, grid)[:, 0], _summed(table, grid)
     return FittedVoxels(
         grid,
-        (start + evidence).detach(),
-        table.movedim(-1, 1).detach(),
+        pre_density,
+        logits,
         seen,
         activation.requires_grad_(False),
         {name: term.item() for name, term in terms.items()},
     )
+
+
+def _lattice(channels: int, level: Level, grid: VoxelGrid) -> Tensor:
+    """Zeros [1, C, Z / fz, Y / fy, X / fx] to be learned, in memory order [..., C] where a cell's channels are used together."""
+    z, y, x = (-(-cells // factor) for cells, factor in zip(grid.shape[::-1], level[::-1], strict=True))
+    return torch.zeros((1, z, y, x, channels)).movedim(-1, 1).requires_grad_()
+
+
+def _summed(levels: list[Tensor], grid: VoxelGrid) -> Tensor:
+    """All levels on the grid, added: [1, C, Z, Y, X]."""
+    shape = grid.shape[::-1]
+    fine = [
+        part if part.shape[2:] == shape else F.interpolate(part, size=shape, mode="trilinear", align_corners=False)
+        for part in levels
+    ]
+    return sum(fine[1:], start=fine[0])
 
 
 def _typical(gradient: Tensor) -> float:

@@ -20,7 +20,7 @@ from occflownet_core.errors import DatasetError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import FREE, LIDARSEG_NAMES, PANOPTIC_DIVISOR, labels_from_lidarseg
 from occflownet_core.renderer.rays import Rays
-from training.data.lidar_holes import directions_without_return
+from training.data.lidar_holes import BLIND_RANGE_M, directions_without_return
 from training.data.nuscenes import Keyframe, load_points, read_bytes
 
 NO_CAMERA = -1
@@ -105,6 +105,53 @@ class LidarRays:
         if self.half_pixel_offset:
             lidar_ray = half_a_pixel_off(lidar_ray, keyframe)
         return _with_holes(lidar_ray, keyframe, points) if self.no_return else lidar_ray
+
+
+class SweepRays:
+    """Rays from the LiDAR's own centre to all its points: what the beams really passed, whether a camera saw it or not.
+
+    Args:
+        labels: ``lidarseg``, ``panoptic``, or ``none``: every return is then of class ``others``.
+    """
+
+    def __init__(self, labels: Literal["lidarseg", "panoptic", "none"] = "lidarseg") -> None:
+        if labels not in ("lidarseg", "panoptic", "none"):
+            raise DatasetError(f"LiDAR labels '{labels}' are unknown; choose lidarseg, panoptic or none")
+        self.labels = labels
+
+    def frame_rays(self, keyframe: Keyframe) -> FrameRays:
+        """See ``RaySource``; echoes of the vehicle itself are dropped, directions without echo are rays too."""
+        points = load_points(keyframe)
+        ego_from_lidar = poses.inverse(keyframe.global_from_ego) @ keyframe.lidar.global_from_sensor
+        in_ego_m = poses.transform_points(ego_from_lidar, points[:, :3])
+        if self.labels == "none":
+            label, scene = np.zeros(len(points), dtype=np.uint8), ~_on_ego_vehicle(in_ego_m)
+        else:
+            raw, label = load_point_labels(keyframe, self.labels, len(points))
+            scene = ~np.isin(raw, _NOT_SCENE)
+        scene &= np.einsum("pc,pc->p", points[:, :3], points[:, :3]) > BLIND_RANGE_M**2
+        sight_m = in_ego_m[scene] - ego_from_lidar[:3, 3]
+        range_m = np.linalg.norm(sight_m, axis=1)
+        count = len(range_m)
+        rays = FrameRays(
+            sensor_origins(keyframe),
+            np.full(count, NO_CAMERA),
+            (sight_m / range_m[:, None]).astype(np.float32),
+            range_m.astype(np.float32),
+            label[scene],
+            np.full((count, 2), np.nan, dtype=np.float32),
+            np.full(count, np.nan, dtype=np.float32),
+        )
+        return _with_holes(rays, keyframe, points)
+
+
+def _on_ego_vehicle(points_m: np.ndarray) -> np.ndarray:
+    """True [N] for points [N, 3], ego frame, within a passenger car around the rear axle.
+
+    nuScenes' Renault Zoe is 4.08 m long, 1.73 m wide and 1.56 m high (maker's data), its LiDAR stands on a rack.
+    """
+    lower_m, upper_m = np.array([-0.9, -1.0, -0.2]), np.array([3.5, 1.0, 2.0])
+    return ((points_m > lower_m) & (points_m < upper_m)).all(axis=1)
 
 
 def load_point_labels(keyframe: Keyframe, kind: str, points: int) -> tuple[np.ndarray, np.ndarray]:

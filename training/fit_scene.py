@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fit one field to all LiDAR sweeps of a log, and write what it says about every keyframe as Occ3D labels.
+
+python -m training.fit_scene --dataroot data/a --scene minicity-101-0000 --out data/a/gts_fitted
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from occflownet_core.errors import ConfigError, OccflownetError
+from occflownet_core.evaluation import OccupancyEvaluation
+from occflownet_core.grid import OCC3D_GRID
+from occflownet_core.losses import LossConfig
+from occflownet_core.renderer import Rays
+from training.data.nuscenes import Keyframe, KeyframeIndex, load_occupancy
+from training.data.rays import SweepRays
+from training.data.splits import only_version
+from training.evaluation_report import comparison_picture
+from training.scene import Scene, keyframe_labels, load_scene, predicted_range_m
+from training.voxel_fitting import FINEST, RECIPE, FitSettings, FittedVoxels, fit_voxels
+
+WITHIN_M = (0.2, 0.4, 1.0)
+_HELP_END = """
+what it writes into OUT
+  <scene>/<keyframe>/labels.npz   semantics, mask_camera, mask_lidar as Occ3D has them; the masks say where any ray of the
+                                  log told something. Train on them with --data.labels_folder, see docs/training.md
+  <scene>/fit.json                settings, losses, ranges of held-out rays, IoU where the root has ground truth
+  <scene>/*.png                   fitted, true and different voxels (where there is ground truth)
+
+Without lidarseg or panoptic labels (--labels none) only what is occupied is found, not of which class.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    try:
+        report = _run(options, console)
+    except OccflownetError as error:
+        print(f"fit_scene: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print_report(report, console)
+    return 0
+
+
+def _run(options: argparse.Namespace, console: Console) -> dict:
+    if not 0 <= options.hold_out < 1:
+        raise ConfigError(f"--hold-out is {options.hold_out:g}; give a share from 0 up to, but not including, 1")
+    if not 0 < options.threshold < 1:
+        raise ConfigError(f"--threshold is {options.threshold:g}; give a probability between 0 and 1")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    index = KeyframeIndex(options.dataroot, options.version or only_version(options.dataroot), scenes=[options.scene])
+    labels = options.labels or known_labels([index[i] for i in index.scenes[options.scene]])
+    folder = options.out / options.scene
+    folder.mkdir(parents=True, exist_ok=True)
+    started_s = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        reading = progress.add_task("reading sweeps", total=len(index), note="")
+        scene = load_scene(
+            index, options.scene, SweepRays(labels), options.voxel_size, lambda: progress.advance(reading)
+        )
+        fitted, held_out = _fit(scene, labels, options, progress)
+        report = {
+            "scene": options.scene,
+            "labels": labels,
+            "keyframes": len(scene.keyframes),
+            "voxel_size_m": options.voxel_size,
+            "cells": scene.grid.size,
+            "moving_objects": len(scene.boxes.ego_from_box_now[:, 0, 3].unique()) if len(scene.boxes) else 0,
+            "steps": options.steps,
+            "terms": fitted.terms,
+            "threshold": options.threshold,
+            "ranges": range_scores(scene, fitted, held_out) if len(held_out) else None,
+            **_write_labels(scene, fitted, options, folder, progress),
+        }
+    report["seconds"] = round(time.perf_counter() - started_s, 1)
+    (folder / "fit.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def known_labels(keyframes: Sequence[Keyframe]) -> str:
+    """The kind of point labels that all keyframes have; lidarseg before panoptic, ``none`` where there are none."""
+    for kind in ("lidarseg", "panoptic"):
+        if all(getattr(keyframe, f"{kind}_path") is not None for keyframe in keyframes):
+            return kind
+    return "none"
+
+
+def _fit(scene: Scene, labels: str, options: argparse.Namespace, progress: Progress) -> tuple[FittedVoxels, Rays]:
+    """The fitted field, and the rays that it never saw."""
+    generator = torch.Generator().manual_seed(options.seed)
+    held_out = torch.rand(len(scene.rays), generator=generator) < options.hold_out
+    motion, rays = scene.motion, scene.rays[~held_out]
+    rays = rays[motion.keeps(rays, scene.grid)]
+    settings = FitSettings(
+        options.steps,
+        options.rays_per_step,
+        current_share=None,
+        forgetting=options.forgetting,
+        seed=options.seed,
+        density_levels=(FINEST, (4, 4, 1), (8, 8, 1), (1, 1, 4)),
+        logit_levels=(FINEST, (4, 4, 1)),
+    )
+    fitting = progress.add_task("fitting", total=options.steps, note="")
+
+    def on_step(terms: dict[str, torch.Tensor]) -> None:
+        progress.update(fitting, advance=1, note="  ".join(f"{name} {term.item():.3f}" for name, term in terms.items()))
+
+    fitted = fit_voxels(rays, motion, scene.grid, settings, losses_for(labels), on_step=on_step)
+    unseen = scene.rays[held_out]
+    return fitted, unseen[motion.keeps(unseen, scene.grid)]
+
+
+def losses_for(labels: str) -> LossConfig:
+    """What rays are compared with: without classes only where they end."""
+    return RECIPE if labels != "none" else replace(RECIPE, semantic_weight=0.0, class_weighted=False)
+
+
+def range_scores(scene: Scene, fitted: FittedVoxels, rays: Rays) -> dict:
+    """How well rays that the fit never saw are told: those with a return in metres, those without by how many pass.
+
+    Args:
+        scene: that was fitted.
+        fitted: to some of its rays.
+        rays: others.
+    """
+    predicted_m, returned = predicted_range_m(scene, fitted, rays), rays.returned.numpy()
+    error_m = np.abs(predicted_m[returned] - rays.range_m.numpy()[returned])
+    return {
+        "rays": int(returned.sum()),
+        "median_m": _finite(np.percentile(error_m, 50, method="lower")),
+        "p90_m": _finite(np.percentile(error_m, 90, method="lower")),
+        **{f"within_{limit_m:g}m": float((error_m <= limit_m).mean()) for limit_m in WITHIN_M},
+        "never_ending": float(np.isinf(predicted_m[returned]).mean()),
+        "rays_without_return": int((~returned).sum()),
+        "passing": float(np.isinf(predicted_m[~returned]).mean()) if (~returned).any() else None,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _write_labels(
+    scene: Scene, fitted: FittedVoxels, options: argparse.Namespace, folder: Path, progress: Progress
+) -> dict:
+    """Labels of every keyframe; and, where the root has ground truth, how they compare with it."""
+    writing = progress.add_task("writing labels", total=len(scene.keyframes), note="")
+    evaluation, truths = OccupancyEvaluation(OCC3D_GRID), 0
+    drawn = set(np.linspace(0, len(scene.keyframes) - 1, options.pictures).round().astype(int).tolist())
+    for k, keyframe in enumerate(scene.keyframes):
+        found = keyframe_labels(scene, fitted, k)
+        labels = found.labels_at(options.threshold)
+        target = folder / keyframe.token
+        target.mkdir(exist_ok=True)
+        np.savez_compressed(target / "labels.npz", semantics=labels, mask_camera=found.seen, mask_lidar=found.seen)
+        if keyframe.occupancy_path.is_file():
+            truth, camera_mask, _ = load_occupancy(keyframe, OCC3D_GRID)
+            evaluation.add(labels, truth, camera_mask)
+            truths += 1
+            if k in drawn:
+                comparison_picture(labels, truth, camera_mask, OCC3D_GRID, keyframe, folder)
+        progress.advance(writing)
+    return {"against_truth": evaluation.to_dict() if truths else None}
+
+
+def print_report(report: dict, console: Console) -> None:
+    """What came of the fit, as tables."""
+    console.print(
+        f"{report['scene']}: {report['keyframes']} keyframes, {report['cells'] / 1e6:.1f} million cells of "
+        f"{report['voxel_size_m']:g} m, {report['moving_objects']} moving objects, {report['seconds']:.0f} s",
+        highlight=False,
+    )
+    if ranges := report["ranges"]:
+        table = Table("rays that the fit never saw", "", title_justify="left")
+        table.add_row("with return", str(ranges["rays"]))
+        for name, key in (("median error", "median_m"), ("90 % below", "p90_m")):
+            table.add_row(name, "-" if ranges[key] is None else f"{ranges[key]:.3f} m")
+        for limit_m in WITHIN_M:
+            table.add_row(f"within {limit_m:g} m", f"{100 * ranges[f'within_{limit_m:g}m']:.1f} %")
+        table.add_row("predicted to meet nothing", f"{100 * ranges['never_ending']:.1f} %")
+        if ranges["passing"] is not None:
+            table.add_row("without return, rightly passing", f"{100 * ranges['passing']:.1f} %")
+        console.print(table)
+    if scores := report["against_truth"]:
+        table = Table("labels against ground truth, %", "camera mask", "no mask", title_justify="left")
+        for name, key in (
+            ("mIoU, 17 classes", "miou_17"),
+            ("mIoU, dynamic", "dynamic_miou"),
+            ("mIoU, static", "static_miou"),
+            ("occupied or free", "geometric_iou"),
+        ):
+            values = (scores[part][key] for part in ("camera_mask", "no_mask"))
+            table.add_row(name, *("-" if value is None else f"{100 * value:.1f}" for value in values))
+        console.print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.fit_scene",
+        description="Fit one occupancy field to all LiDAR sweeps of a log, moving objects taken out by their boxes, and "
+        "write its voxels at every keyframe: labels for training, made without any 3D label.",
+        epilog=_HELP_END,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--dataroot", type=Path, required=True, metavar="DIR", help="root in nuScenes' format")
+    parser.add_argument("--version", help="its folder of tables, e.g. v1.0-trainval (default: the only one there is)")
+    parser.add_argument("--scene", required=True, metavar="NAME", help="name of the log's scene")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for labels and report")
+    parser.add_argument(
+        "--labels",
+        choices=("lidarseg", "panoptic", "none"),
+        help="classes of LiDAR points (default: what the root has)",
+    )
+    parser.add_argument("--voxel-size", type=float, default=0.4, metavar="M", help="of the fit (default 0.4 m)")
+    parser.add_argument("--steps", type=int, default=60, help="optimiser steps (default %(default)s)")
+    parser.add_argument("--rays-per-step", type=int, default=16384, metavar="N", help="default %(default)s")
+    parser.add_argument("--forgetting", type=float, default=0.1, help="weight decay of the density (default 0.1)")
+    parser.add_argument(
+        "--hold-out", type=float, default=0.0, metavar="SHARE", help="of the rays, kept from the fit to test it (0)"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.05,
+        help="probability above which a voxel is occupied (default 0.05: voxels that a beam met once are not opaque)",
+    )
+    parser.add_argument("--pictures", type=int, default=2, metavar="N", help="of keyframes with truth (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of drawn and held-out rays (default 0)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
