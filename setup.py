@@ -88,7 +88,7 @@ setup(
         "ros": ros,
         "export": export,
         "train": train,
-        "tensorrt": ["tensorrt>=11"],
+        "tensorrt": ["tensorrt>=11", "cuda-bindings>=12.9", "onnx>=1.17"],
         "test": test,
         "dev": [*test, "ruff>=0.6"],
     },
@@ -100,6 +100,7 @@ setup(
             "bag_player = occflownet_ros.bag_player:main",
             "demo = occflownet_ros.demo:main",
             "replay_evaluation = occflownet_ros.replay_evaluation:main",
+            "occflownet-engine = occflownet_ros.engine_tool:main",
         ]
     },
     zip_safe=True,

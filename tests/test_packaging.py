@@ -13,7 +13,15 @@ from xml.etree import ElementTree
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-EXECUTABLES = ("occflownet_node", "nuscenes_to_bag", "bag_to_nuscenes", "bag_player", "replay_evaluation", "demo")
+EXECUTABLES = (
+    "occflownet_node",
+    "nuscenes_to_bag",
+    "bag_to_nuscenes",
+    "bag_player",
+    "replay_evaluation",
+    "demo",
+    "occflownet-engine",
+)
 
 
 def tracked_files():

@@ -164,6 +164,7 @@ def load_bundle(path: str | Path) -> Bundle:
     except (TypeError, ValueError, AttributeError, GeometryError) as error:
         raise BundleError(f"{directory / DESCRIPTION} holds a wrong value ({error}); export the model again") from None
     _require_our_classes(directory, description.get("classes"))
+    _require_whole_stride(bundle)
     _require_unaltered(directory, hashes)
     return bundle
 
@@ -184,6 +185,8 @@ def _bundle(directory: Path, d: dict) -> Bundle:
             feature_width=int(lift["feature_width"]),
             slots=int(lift["slots"]),
             reference_focal_px=lift["reference_focal_px"],
+            method=str(lift.get("method", "gather")),
+            knows_cameras=bool(lift.get("knows_cameras", False)),
         ),
         occupancy_threshold=float(d["occupancy_threshold"]),
         recurrent=tuple(
@@ -217,6 +220,18 @@ def _require_our_classes(directory: Path, classes: object) -> None:
     what = next((f"class {i} is {a!r} where this program has {b!r}" for i, (a, b) in pairs if a != b), None)
     what = what or f"it has {len(theirs)} classes where this program has {len(CLASS_NAMES)}"
     raise BundleError(f"bundle {directory} was made for other classes: {what}; use a model of the Occ3D classes")
+
+
+def _require_whole_stride(bundle: Bundle) -> None:
+    """Refuse an image size that its own feature map does not divide: no camera could ever be prepared for it."""
+    lift, image = bundle.lift, f"{bundle.image_width_px} x {bundle.image_height_px}"
+    features = lift.feature_width, lift.feature_height
+    whole = min(features) > 0 and not (bundle.image_width_px % features[0] or bundle.image_height_px % features[1])
+    if not whole or bundle.image_width_px // features[0] != bundle.image_height_px // features[1]:
+        raise BundleError(
+            f"{bundle.directory / DESCRIPTION} has images of {image} px and a feature map of {features[0]} x {features[1]}, "
+            "which do not go together; export the model again"
+        )
 
 
 def _require_unaltered(directory: Path, hashes: Mapping[str, str]) -> None:

@@ -130,6 +130,11 @@ class EngineRecord:
         """Over all frames: the worst of each."""
         return worst([frame.parity for frame in self.frames])
 
+    @property
+    def median_ms(self) -> float:
+        """Of an inference, copies to and from the device included."""
+        return float(np.median(self.engine_ms))
+
     def first_diverging(self, tolerance: Parity) -> str | None:
         """Name of the first frame that leaves the tolerance, None where all keep to it."""
         return next((frame.frame for frame in self.frames if not tolerance.allows(frame.parity)), None)
@@ -148,6 +153,17 @@ class EngineRecord:
             for output, size in self.largest_magnitude.items()
             if self.precision == HALF and output not in self.not_finite and size > LARGEST_HALF / 2
         ]
+
+    def to_dict(self, tolerance: Parity) -> dict:
+        """Everything as plain values for JSON; the reference has no differences, and no scores where there is no truth."""
+        return {
+            "precision": self.precision,
+            "median_ms": self.median_ms,
+            "first_diverging": self.first_diverging(tolerance),
+            "warnings": self.overflow_warnings(),
+            "scores": self.scores.to_dict() if self.scores.samples else None,
+            "frames": [vars(frame) for frame in self.frames],
+        }
 
 
 def compare_engines(engines: dict[str, Engine], inputs: Iterable[EngineInput]) -> Iterator[dict[str, EngineRecord]]:

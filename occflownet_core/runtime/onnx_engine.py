@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OnnxEngine: a bundle's graph on ONNX Runtime's CPU provider, its memory kept in place between runs."""
+"""OnnxEngine: a bundle's graph on ONNX Runtime, its memory kept in place (on the GPU, where that computes)."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -9,9 +11,16 @@ import onnxruntime as ort
 from occflownet_core.errors import BundleError, EngineError
 from occflownet_core.lift_tables import LiftTables
 from occflownet_core.runtime.bundle import Bundle
-from occflownet_core.runtime.engine import Engine, Prediction
+from occflownet_core.runtime.engine import SINGLE, Engine, Prediction
+from occflownet_core.runtime.graph_file import graph_bytes
+from occflownet_core.runtime.tensors import graph_tensors, require_described
 
-_TABLES = ("pixel_index", "depth_index", "depth_weight")
+PROVIDERS = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}
+"""ONNX Runtime's names, the fastest first."""
 
 
 class OnnxEngine(Engine):
@@ -22,22 +31,41 @@ class OnnxEngine(Engine):
     Args:
         bundle: from ``load_bundle``.
         threads: CPU threads.
+        provider: ``cpu``, ``cuda`` or ``tensorrt``.
+        precision: ``fp32``, or ``fp16``, which rewrites the graph as it is loaded (needs the package onnx).
+        engine_cache: folder for the engines that the provider ``tensorrt`` builds.
 
     Raises:
-        EngineError: ONNX Runtime refuses the graph.
+        EngineError: ONNX Runtime refuses the graph, or has no such provider.
         BundleError: the graph's inputs or outputs are not those that the bundle describes.
     """
 
-    name = "onnxruntime"
-
-    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int = 1,
+        provider: str = "cpu",
+        precision: str = SINGLE,
+        engine_cache: Path | None = None,
+    ) -> None:
         super().__init__(bundle)
+        self.name = "onnxruntime" if provider == "cpu" else f"onnxruntime-{provider}"
+        self.precision = precision
+        self._device = "cpu" if provider == "cpu" else "cuda"
+        require_provider(provider)
+        graph = str(bundle.graph_path) if precision == SINGLE else graph_bytes(bundle, precision)
         try:
             self._session = ort.InferenceSession(
-                str(bundle.graph_path), session_options(threads), providers=["CPUExecutionProvider"]
+                graph, session_options(threads), providers=_providers(provider, engine_cache)
             )
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
             raise EngineError(f"ONNX Runtime {ort.__version__} refuses {bundle.graph_path}: {error}") from None
+        # Asked for a provider that cannot start, ONNX Runtime takes the next one and says so on its log alone.
+        if self._session.get_providers()[0] != PROVIDERS[provider]:
+            raise EngineError(
+                f"ONNX Runtime {ort.__version__} has the provider '{provider}' but could not start it (driver, CUDA or "
+                "cuDNN missing, or of another version); see its words above, or use the backend 'onnxruntime-cpu'"
+            )
         self._require_contract()
         self._binding = self._session.io_binding()
         self._inputs: dict[str, ort.OrtValue] = {}
@@ -50,8 +78,8 @@ class OnnxEngine(Engine):
         return {name: value.numpy().copy() for name, value in self._memory[0].items()}
 
     def _load_tables(self, tables: LiftTables) -> None:
-        for name in _TABLES:
-            self._bind_input(name, np.ascontiguousarray(getattr(tables, name)))
+        for name, array in tables.arrays().items():
+            self._bind_input(name, np.ascontiguousarray(array), self._device)
 
     def _forward(self, images: np.ndarray, previous_from_current: np.ndarray) -> Prediction:
         read, write = self._memory
@@ -74,30 +102,45 @@ class OnnxEngine(Engine):
         arrays = {name: results[name].numpy().copy() for name in self.bundle.outputs}
         return Prediction(arrays["labels"], arrays.get("occupancy_probability"), arrays.get("velocity"))
 
-    def _bind_input(self, name: str, array: np.ndarray) -> None:
+    def _bind_input(self, name: str, array: np.ndarray, device: str = "cpu") -> None:
         # Held here, because an OrtValue on the CPU borrows the array's memory and the binding holds neither.
-        self._inputs[name] = ort.OrtValue.ortvalue_from_numpy(array)
+        self._inputs[name] = ort.OrtValue.ortvalue_from_numpy(array, device, 0)
         self._binding.bind_ortvalue_input(name, self._inputs[name])
 
     def _zeros(self) -> dict[str, ort.OrtValue]:
         return {
-            state.output: ort.OrtValue.ortvalue_from_numpy(np.zeros(state.shape, state.dtype))
+            state.output: ort.OrtValue.ortvalue_from_numpy(np.zeros(state.shape, state.dtype), self._device, 0)
             for state in self.bundle.recurrent
         }
 
     def _require_contract(self) -> None:
-        recurrent = self.bundle.recurrent
-        inputs = {"images", *_TABLES, "previous_from_current", "occupancy_threshold", *(s.input for s in recurrent)}
-        outputs = {*self.bundle.outputs, *(s.output for s in recurrent)}
-        for kind, described, found in (
-            ("inputs", inputs, {i.name for i in self._session.get_inputs()}),
-            ("outputs", outputs, {o.name for o in self._session.get_outputs()}),
-        ):
-            if described != found:
-                raise BundleError(
-                    f"{self.bundle.graph_path} has the {kind} {', '.join(sorted(found))} where the bundle describes "
-                    f"{', '.join(sorted(described))}; export the model again"
-                )
+        found = [*graph_tensors(self._session.get_inputs(), True), *graph_tensors(self._session.get_outputs(), False)]
+        try:
+            require_described(self.bundle, found)
+        except EngineError as error:
+            raise BundleError(f"{self.bundle.graph_path} {error}; export the model again") from None
+
+
+def require_provider(provider: str) -> None:
+    """Refuse a provider that this build of ONNX Runtime does not have.
+
+    Raises:
+        EngineError: it does not, with the package that does.
+    """
+    if PROVIDERS[provider] not in ort.get_available_providers():
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} here has no provider '{provider}'; install onnxruntime-gpu in place of "
+            "onnxruntime, or use the backend 'onnxruntime-cpu'"
+        )
+
+
+def _providers(provider: str, engine_cache: Path | None) -> list:
+    """From the wanted one down to the CPU, which takes what the others leave."""
+    chain: list = list(PROVIDERS.values())[list(PROVIDERS).index(provider) :]
+    if provider == "tensorrt" and engine_cache is not None:
+        cache = {"trt_engine_cache_path": str(engine_cache), "trt_timing_cache_path": str(engine_cache)}
+        chain[0] = (chain[0], {"trt_engine_cache_enable": True, "trt_timing_cache_enable": True, **cache})
+    return chain
 
 
 def session_options(threads: int) -> ort.SessionOptions:

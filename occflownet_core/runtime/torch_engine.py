@@ -11,7 +11,7 @@ from occflownet_core.errors import EngineError
 from occflownet_core.lift_tables import LiftTables
 from occflownet_core.model import DeployedModel, ModelConfig, OccFlowNet
 from occflownet_core.runtime.bundle import Bundle
-from occflownet_core.runtime.engine import Engine, Prediction
+from occflownet_core.runtime.engine import HALF, SINGLE, Engine, Prediction
 
 
 class TorchEngine(Engine):
@@ -20,6 +20,7 @@ class TorchEngine(Engine):
     Args:
         bundle: from ``load_bundle``, exported with its weights.
         threads: CPU threads; PyTorch has one such setting for the whole process.
+        precision: ``fp32``, or ``fp16`` for PyTorch's own mixed precision (autocast).
 
     Raises:
         EngineError: the bundle carries no weights, or other ones than its configuration describes.
@@ -28,8 +29,9 @@ class TorchEngine(Engine):
 
     name = "torch"
 
-    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+    def __init__(self, bundle: Bundle, threads: int = 1, precision: str = SINGLE) -> None:
         super().__init__(bundle)
+        self.precision = precision
         if bundle.weights_path is None:
             raise EngineError(
                 f"bundle {bundle.directory} carries no weights for the backend 'torch'; "
@@ -48,22 +50,23 @@ class TorchEngine(Engine):
         self.reset()
 
     def reset(self) -> None:
-        self._state = self._deployed.model.empty_state()
+        self._memory = self._deployed.empty_memory()
 
     def memory(self) -> dict[str, np.ndarray]:
         return {self._deployed.outputs[-1]: self._state.cpu().numpy()}
 
     def _load_tables(self, tables: LiftTables) -> None:
-        arrays = (tables.pixel_index, tables.depth_index, tables.depth_weight)
-        self._table_tensors = [torch.from_numpy(array).to(self._device) for array in arrays]
+        self._table_tensors = [torch.from_numpy(array).to(self._device) for array in tables.arrays().values()]
 
     @torch.inference_mode()
     def _forward(self, images: np.ndarray, previous_from_current: np.ndarray) -> Prediction:
-        *results, self._state = self._deployed(
-            torch.from_numpy(images).to(self._device),
-            *self._table_tensors,
-            torch.from_numpy(previous_from_current).to(self._device),
-            torch.tensor(self.occupancy_threshold, device=self._device),
-            self._state,
-        )
-        return Prediction(*(result.cpu().numpy() for result in results))
+        with torch.autocast(self._device.type, torch.float16, enabled=self.precision == HALF):
+            results = self._deployed(
+                torch.from_numpy(images).to(self._device),
+                *self._table_tensors,
+                torch.from_numpy(previous_from_current).to(self._device),
+                torch.tensor(self.occupancy_threshold, device=self._device),
+                *self._memory,
+            )
+        self._memory = results[-len(self._memory) :]
+        return Prediction(*(result.cpu().numpy() for result in results[: -len(self._memory)]))
