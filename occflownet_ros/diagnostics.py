@@ -145,8 +145,9 @@ def engine_status(name: str, sets: Mapping[str, int], recent: Mapping[str, int],
     return Status("engine", OK, f"{recent['processed']} sets in the last second", values)
 
 
-def calibration_status(problem: str, changes: int) -> Status:
-    values = {"tables built": changes}
+def calibration_status(problem: str, changes: int, sources: Mapping[str, str]) -> Status:
+    """``sources`` says where each part comes from."""
+    values = {**sources, "tables built": changes}
     return Status("calibration", ERROR if problem else OK, problem or "complete", values)
 
 

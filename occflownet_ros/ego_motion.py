@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class PoseBuffer:
         max_gap_ms: poses further apart than this are not interpolated between, nor extrapolated beyond.
 
     Attributes:
-        counters: received, refused (not a pose), out_of_order, time_jumps.
+        counters: received, refused (not a pose), out_of_order, time_jumps; and of sets, interpolated, extrapolated.
     """
 
     def __init__(self, max_gap_ms: float) -> None:
@@ -61,6 +62,14 @@ class PoseBuffer:
             self._stamps_ns.popleft()
             self._poses.popleft()
 
+    def look_up(self, stamp_ns: int) -> tuple[np.ndarray | None, str]:
+        """``at`` a set's stamp, counted; and in words why there is no pose, where there is none."""
+        odom_from_base = self.at(stamp_ns)
+        if odom_from_base is None:
+            return None, _gap_sentence(self._stamps_ns, stamp_ns, self.max_gap_ms)
+        self.counters["interpolated" if stamp_ns <= self._stamps_ns[-1] else "extrapolated"] += 1
+        return odom_from_base, ""
+
     @property
     def newest_ns(self) -> int | None:
         """Stamp of the newest pose, None while there is none."""
@@ -84,6 +93,21 @@ class PoseBuffer:
         return poses.interpolate(self._poses[after - 1], self._poses[after], fraction)
 
 
+def _gap_sentence(stamps_ns: Sequence[int], stamp_ns: int, max_gap_ms: float) -> str:
+    """Why a buffer has no pose at a moment, where it has none."""
+    if not stamps_ns:
+        return "none has come"
+    if stamp_ns < stamps_ns[0]:
+        return f"the oldest kept is {(stamps_ns[0] - stamp_ns) / 1e9:.3f} s later"
+    if len(stamps_ns) == 1:
+        return f"there is one, {(stamp_ns - stamps_ns[0]) / 1e9:.3f} s earlier"
+    if stamp_ns - stamps_ns[-1] > max_gap_ms * 1e6:
+        return f"the newest is {(stamp_ns - stamps_ns[-1]) / 1e9:.3f} s earlier"
+    after = min(bisect_left(stamps_ns, stamp_ns), len(stamps_ns) - 1)
+    apart_ms = (stamps_ns[after] - stamps_ns[after - 1]) / 1e6
+    return f"the two next to it are {apart_ms:.0f} ms apart, more than {max_gap_ms:g} ms"
+
+
 class EgoMotion:
     """The motion from one processed set to the next, or the reason why there is none.
 
@@ -105,14 +129,15 @@ class EgoMotion:
         self.last_reason = ""
         self._previous: tuple[int, np.ndarray | None] | None = None
 
-    def step(self, stamp_ns: int, odom_from_base: np.ndarray | None) -> np.ndarray | None:
+    def step(self, stamp_ns: int, odom_from_base: np.ndarray | None, why_none: str = "") -> np.ndarray | None:
         """``previous_from_current`` [4, 4] for the set of this stamp, or None: then the memory is to be forgotten.
 
         Args:
             stamp_ns: the set's stamp.
             odom_from_base: the vehicle's pose at that moment, None where it is unknown.
+            why_none: what ``PoseBuffer.look_up`` says then.
         """
-        cause, reason = self._reset_cause(stamp_ns, odom_from_base)
+        cause, reason = self._reset_cause(stamp_ns, odom_from_base, why_none)
         previous, self._previous = self._previous, (stamp_ns, odom_from_base)
         if cause:
             self.resets[cause] += 1
@@ -126,9 +151,10 @@ class EgoMotion:
         self.last_reason = reason
         self._previous = None
 
-    def _reset_cause(self, stamp_ns: int, odom_from_base: np.ndarray | None) -> tuple[str, str]:
+    def _reset_cause(self, stamp_ns: int, odom_from_base: np.ndarray | None, why_none: str) -> tuple[str, str]:
         if odom_from_base is None:
-            return "no_odometry", f"no odometry around {stamp_ns / 1e9:.3f} s; memory forgotten"
+            because = f": {why_none}" if why_none else ""
+            return "no_odometry", f"no pose of the vehicle at {stamp_ns / 1e9:.3f} s{because}; memory forgotten"
         if self._previous is None or self._previous[1] is None:
             return "first_set", ""
         elapsed_s = (stamp_ns - self._previous[0]) / 1e9

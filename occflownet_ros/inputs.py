@@ -58,6 +58,7 @@ class Inputs:
     Attributes:
         calibration: of all cameras.
         image_topics: of each camera.
+        calibration_sources: where intrinsics and extrinsics come from.
         ego_motion_source: in words; empty where none is followed.
     """
 
@@ -88,6 +89,10 @@ class Inputs:
         }[settings.follows]
         self._tf = self._make_tf() if needs_tf(settings) else None
         self._tf_pose_ns = 0
+        self.calibration_sources = {
+            "intrinsics": settings.intrinsics_source,
+            "extrinsics": "calibration_file" if file_cameras else f"/tf_static, kept by {self._tf.transforms.keeper}",
+        }
         self.calibration = CalibrationSource(
             cameras,
             self._info_topics,

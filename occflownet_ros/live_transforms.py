@@ -21,7 +21,13 @@ _MANY = 6
 
 
 class LiveTransforms(ABC):
-    """What /tf_static and /tf have said so far. Frames are named without a slash in front."""
+    """What /tf_static and /tf have said so far. Frames are named without a slash in front.
+
+    Attributes:
+        keeper: what keeps them, for diagnostics.
+    """
+
+    keeper: str
 
     def __init__(self) -> None:
         self._parents: dict[str, str] = {}
@@ -133,6 +139,8 @@ class LiveTransforms(ABC):
 
 class PlainTransforms(LiveTransforms):
     """Transforms kept in NumPy and plain Python."""
+
+    keeper = "the node"
 
     def __init__(self) -> None:
         super().__init__()

@@ -339,7 +339,7 @@ class Pipeline:
                 self._changed.wait_for(
                     lambda: self._is_stopping or self._poses.newest_ns >= stamp_ns, self._settings.odom_wait_ms / 1e3
                 )
-            return self._ego_motion.step(stamp_ns, self._poses.at(stamp_ns))
+            return self._ego_motion.step(stamp_ns, *self._poses.look_up(stamp_ns))
 
     # Decoding threads
 

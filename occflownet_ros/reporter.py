@@ -69,7 +69,11 @@ class Reporter:
                 report.sets - self._last.sets,
                 self._pipeline.latency,
             ),
-            diagnostics.calibration_status(calibration.problem or report.calibration_problem, calibration.changes),
+            diagnostics.calibration_status(
+                calibration.problem or report.calibration_problem,
+                calibration.changes,
+                self._inputs.calibration_sources,
+            ),
             diagnostics.ego_motion_status(self._ego_motion(now_s, report)),
             *(diagnostics.camera_status(camera) for camera in self._cameras(now_s, report)),
         ]

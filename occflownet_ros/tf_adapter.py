@@ -41,6 +41,8 @@ class Tf2Transforms(LiveTransforms):
         ImportError: tf2_ros is not installed.
     """
 
+    keeper = "tf2_ros"
+
     def __init__(self) -> None:
         from tf2_ros import Buffer, TransformException
 

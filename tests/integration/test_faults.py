@@ -208,7 +208,7 @@ def elsewhere(sweep, message):
     ("odometry", "words", "counter"),
     [
         (nan, r"\d+ poses refused in the last second", "refused"),
-        (lambda k, message: None, r"no odometry around|no .* for 1\.\d s", "reset no_odometry"),
+        (lambda k, message: None, r"no pose of the vehicle at|no .* for 1\.\d s", "reset no_odometry"),
         (elsewhere, r"odometry moved 500\d\.\d m", "reset pose_jump"),
     ],
     ids=["nan", "gap", "jump"],

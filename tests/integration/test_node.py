@@ -145,6 +145,9 @@ def test_diagnostics_are_good_then(running, vehicle):
     assert vehicle.wait(lambda: vehicle.status("engine").get("sets processed") == "3", PATIENT_S)
     assert vehicle.status("calibration")["level"] == DiagnosticStatus.OK
     assert vehicle.status("calibration")["tables built"] == "1"
+    assert vehicle.status("calibration")["extrinsics"] == "calibration_file"
+    assert vehicle.status("ego motion")["source"] == "odometry on /odom"
+    assert vehicle.status("ego motion")["interpolated"] == "3"
     assert vehicle.status("ego motion")["reset first_set"] == "1"
     assert "reset pose_jump" not in vehicle.status("ego motion")
     for name in CAMERAS:

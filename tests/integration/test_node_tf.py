@@ -136,6 +136,7 @@ def test_sets_follow_the_transforms(running, vehicle):
     assert status["received"] == "9" and status["reset first_set"] == "1"
     assert not {"reset no_odometry", "reset pose_jump", "out_of_order"} & set(status)
     assert vehicle.status("calibration")["tables built"] == "1"
+    assert vehicle.status("calibration")["extrinsics"].startswith("/tf_static, kept by ")
 
 
 def test_a_jump_of_the_frame_is_noticed(running, vehicle):

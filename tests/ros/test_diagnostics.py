@@ -122,14 +122,20 @@ def test_ego_motion_status(changes, level, message):
 
 
 def test_message():
-    statuses = [diagnostics.calibration_status("", 1), diagnostics.calibration_status("no camera_info yet", 0)]
+    statuses = [
+        diagnostics.calibration_status("", 1, {"extrinsics": "calibration_file"}),
+        diagnostics.calibration_status("no camera_info yet", 0, {}),
+    ]
     message = diagnostics.diagnostic_array(Time(sec=5), "occflownet", "tiny", statuses)
     assert message.header.stamp.sec == 5
     assert [(s.name, s.level, s.message, s.hardware_id) for s in message.status] == [
         ("occflownet: calibration", OK, "complete", "tiny"),
         ("occflownet: calibration", ERROR, "no camera_info yet", "tiny"),
     ]
-    assert [(v.key, v.value) for v in message.status[0].values] == [("tables built", "1")]
+    assert [(v.key, v.value) for v in message.status[0].values] == [
+        ("extrinsics", "calibration_file"),
+        ("tables built", "1"),
+    ]
 
 
 def camera(name: str, x_m: float = 0.0) -> Camera:

@@ -46,6 +46,24 @@ def test_no_pose_where_none_is_near():
     assert buffer.at(2 * S + S // 10 + S // 5 + 1) is None
 
 
+def test_sets_are_counted_and_told_why_there_is_no_pose():
+    buffer = PoseBuffer(max_gap_ms=200)
+    assert buffer.look_up(5 * S) == (None, "none has come")
+    buffer.add(1 * S, (0, 0, 0), IDENTITY)
+    assert buffer.look_up(5 * S) == (None, "there is one, 4.000 s earlier")
+    buffer.add(2 * S, (1, 0, 0), IDENTITY)
+    assert buffer.look_up(S * 3 // 2) == (None, "the two next to it are 1000 ms apart, more than 200 ms")
+    assert buffer.look_up(2 * S + S // 10) == (None, "the two next to it are 1000 ms apart, more than 200 ms")
+    assert buffer.look_up(0) == (None, "the oldest kept is 1.000 s later")
+    buffer.add(2 * S + S // 10, (1, 0, 0), IDENTITY)
+    assert buffer.look_up(1_000_000 * S) == (None, "the newest is 999997.900 s earlier")
+    assert buffer.counters == {"received": 3}
+    for stamp_ns in (2 * S, 2 * S + S // 20, 2 * S + S // 5):
+        pose, why = buffer.look_up(stamp_ns)
+        assert pose[0, 3] == pytest.approx(1) and why == ""
+    assert buffer.counters == {"received": 3, "interpolated": 2, "extrapolated": 1}
+
+
 def test_bad_poses_are_refused_and_counted():
     buffer = PoseBuffer(max_gap_ms=200)
     with pytest.raises(GeometryError):
@@ -93,7 +111,7 @@ def test_previous_from_current():
 @pytest.mark.parametrize(
     ("stamp_s", "pose_then", "cause", "says"),
     [
-        (0.5, None, "no_odometry", "no odometry around 10.500 s"),
+        (0.5, None, "no_odometry", "no pose of the vehicle at 10.500 s; memory forgotten"),
         (-0.5, at(0), "time_jump", "time jumped back by 0.500 s"),
         (2.1, at(0), "gap", "2.10 s since the last set, more than 2 s"),
         (0.5, at(30.6), "pose_jump", "moved 30.6 m and turned 0 degrees in 0.50 s"),  # 60 m/s * 0.5 s + 0.5 m
