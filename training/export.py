@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from occflownet_core.encoder.lift import LiftTensors
+from occflownet_core.encoder.lift import stacked_tables
 from occflownet_core.errors import ExportError, OccflownetError
 from occflownet_core.lift_tables import build_lift_tables
 from occflownet_core.model import DeployedModel, ModelConfig, OccFlowNet
@@ -83,7 +83,7 @@ def export(
         BundleError: the folder cannot be written.
     """
     model = model.eval()
-    config = model.config
+    config, deployed = model.config, DeployedModel(model)
     graph = export_graph(model)
     if half_size:
         store_half(graph)
@@ -99,8 +99,11 @@ def export(
         grid=config.grid,
         lift=model.lift_spec,
         occupancy_threshold=config.occupancy_threshold,
-        recurrent=(RecurrentState("state", "next_state", tuple(model.empty_state().shape)),),
-        outputs=DeployedModel(model).outputs[:-1],
+        recurrent=tuple(
+            RecurrentState(name, result, tuple(memory.shape))
+            for (name, result), memory in zip(deployed.recurrent.items(), deployed.empty_memory(), strict=True)
+        ),
+        outputs=deployed.outputs[: -len(deployed.recurrent)],
         model=config.to_dict(),
         provenance=provenance,
         metrics=metrics or {},
@@ -231,16 +234,17 @@ def _report(console: Console, bundle: Bundle, parity: Parity) -> None:
 
 def _with_activation_statistics(model: OccFlowNet) -> OccFlowNet:
     """Let batch norms see made-up input; otherwise activations of random weights fade to nothing on their way."""
-    tables = LiftTensors.from_tables([build_lift_tables(ring_rig(model.config), model.lift_spec)])
-    state = model.train().empty_state()
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    tables = stacked_tables([build_lift_tables(ring_rig(model.config), model.lift_spec)])
+    state, view = model.train().empty_state(), None
+    norms = [module for module in model.modules() if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.BatchNorm3d))]
     usual = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = None  # torch's word for the mean over all batches
     with torch.no_grad():
         for images, motion in drive(model.config, PARITY_FRAMES):
             images, motion = torch.from_numpy(images)[None], torch.from_numpy(motion).float()[None]
-            state = model(images, tables, motion, state).seen.volume
+            seen = model(images, tables, motion, state, view).seen
+            state, view = seen.volume, seen.view
     for norm, momentum in zip(norms, usual, strict=True):
         norm.momentum = momentum
     return model.eval()

@@ -29,7 +29,7 @@ def export_graph(model: OccFlowNet) -> onnx.ModelProto:
         ExportError: it needs an operator that a runtime lacks.
     """
     deployed = DeployedModel(model).eval()
-    inputs = _example_inputs(model)
+    inputs = _example_inputs(deployed)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -37,7 +37,7 @@ def export_graph(model: OccFlowNet) -> onnx.ModelProto:
             inputs,
             dynamo=True,
             opset_version=OPSET,
-            input_names=list(DeployedModel.INPUTS),
+            input_names=list(deployed.inputs),
             output_names=list(deployed.outputs),
             verbose=False,
         )
@@ -78,14 +78,15 @@ def store_half(graph: onnx.ModelProto) -> None:
         graph.graph.node.insert(0, cast)
 
 
-def _example_inputs(model: OccFlowNet) -> tuple[torch.Tensor, ...]:
-    images, previous_from_current = next(drive(model.config, 1))
+def _example_inputs(deployed: DeployedModel) -> tuple[torch.Tensor, ...]:
+    config = deployed.model.config
+    images, previous_from_current = next(drive(config, 1))
     return (
         torch.from_numpy(images),
-        *table_tensors(ring_rig(model.config), model),
+        *table_tensors(ring_rig(config), deployed.model),
         torch.from_numpy(previous_from_current).float(),
-        torch.tensor(model.config.occupancy_threshold),
-        model.empty_state(),
+        torch.tensor(config.occupancy_threshold),
+        *deployed.empty_memory(),
     )
 
 

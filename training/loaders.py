@@ -82,7 +82,7 @@ def ray_source(config: TrainingConfig, root: str) -> RaySource:
 
 
 class OccupancyData(pl.LightningDataModule):
-    """Training windows of two keyframes (memory and present) and validation windows alike.
+    """Training windows of a few keyframes (memory and present) and validation windows alike.
 
     Args:
         config: the run.
@@ -124,7 +124,7 @@ class OccupancyData(pl.LightningDataModule):
             model.image_height_px,
             self.lift,
             grid=model.grid,
-            window=1 if self.config.supervision.kind == "images" else 2,  # memory and present
+            window=self.config.window,
             seed=self.config.trainer.seed,
             **settings,
         )
@@ -176,5 +176,5 @@ class OccupancyData(pl.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: list[OccupancyBatch], device: torch.device, dataloader_idx: int
     ) -> list[OccupancyBatch]:
-        """Both moments of the windows."""
+        """All moments of the windows."""
         return [moment.to(device) for moment in batch]

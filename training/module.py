@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from occflownet_core.encoder.stereo import StereoView
 from occflownet_core.errors import TrainingError
 from occflownet_core.field import occupancy_probability
 from occflownet_core.losses import NonFiniteLossError, require_finite
 from occflownet_core.metrics import ThresholdSweep, VoxelScores
-from occflownet_core.model import ModelOutput, OccFlowNet
+from occflownet_core.model import ModelOutput, ObservedImages, OccFlowNet
 from training.callbacks import RunLength
 from training.checkpoint import CONFIG_KEY, PROVENANCE_KEY
 from training.data.batch import OccupancyBatch
@@ -34,7 +35,8 @@ class OccupancyLearner(pl.LightningModule):
     """A network that learns from windows of two keyframes: the earlier one, without gradient, fills the memory.
 
     The network's memory is one keyframe's volume before it is fused with its own past, so it depends on that keyframe
-    alone: a window of two shows all that longer ones could, and truncating the gradient there costs nothing else.
+    alone: a window of two shows all that longer ones could, and truncating the gradient there costs nothing else. With
+    stereo it also depends on the keyframe before, and windows are of three.
 
     Args:
         config: the run.
@@ -47,6 +49,7 @@ class OccupancyLearner(pl.LightningModule):
         self.config, self.start = config, start
         # Convolutions with few channels run a tenth faster on a CPU, and with tensor cores on a GPU, channels last.
         self.model = (model or OccFlowNet(config.model)).to(memory_format=torch.channels_last)
+        self.model.set_checkpointing(config.trainer.checkpoint_activations)
         self.objective = Objective(config)
         self.validation_sweep = ThresholdSweep(THRESHOLDS)
         self.scores: dict[str, float] = {}
@@ -55,16 +58,29 @@ class OccupancyLearner(pl.LightningModule):
         """The field at the window's last keyframe.
 
         Args:
-            window: keyframes in order of time; the second last fills the memory of the last.
+            window: keyframes in order of time; the second last fills the memory of the last, and is itself matched with
+                the third last, where there is stereo.
             keep_memory: [B] bool, samples whose memory is used; None: all that have one.
         """
         now = window[-1]
-        state = self.model.empty_state(len(now))
+        state, view = self.model.empty_state(len(now)), None
         if len(window) > 1:
             known = now.has_previous if keep_memory is None else now.has_previous & keep_memory
             with torch.no_grad():
-                state = self.model.observe(window[-2].images, window[-2].tables).volume * known[:, None, None, None]
-        return self.model(now.images, now.tables, now.previous_from_current, state)
+                seen = self.observe(window[:-1])
+                state = seen.volume * known[:, None, None, None]
+                view = None if seen.view is None else forgetting(seen.view, known)
+        return self.model(now.images, now.tables, now.previous_from_current, state, view)
+
+    def observe(self, window: Sequence[OccupancyBatch]) -> ObservedImages:
+        """The window's last keyframe by itself, but for stereo, which matches it with the one before."""
+        now, view = window[-1], None
+        if len(window) > 1:
+            with torch.no_grad():
+                view = self.model.view(window[-2].images, window[-2].tables)
+        if view is None:
+            return self.model.observe(now.images, now.tables)
+        return self.model.observe(now.images, now.tables, now.previous_from_current, forgetting(view, now.has_previous))
 
     def training_step(self, window: Sequence[OccupancyBatch], batch_idx: int) -> dict[str, Any]:
         """The loss of one batch.
@@ -75,7 +91,7 @@ class OccupancyLearner(pl.LightningModule):
         generator = self.step_generator(batch_idx)
         keep = torch.rand(len(window[-1]), generator=generator) < self.config.data.memory_probability
         if self.config.supervision.kind == "images":
-            terms = self.objective.image_terms(self.model.observe(window[-1].images, window[-1].tables), window[-1])
+            terms = self.objective.image_terms(self.observe(window), window[-1])
         else:
             terms = self.objective(self(window, keep.to(self.device)), window[-1], generator)
         try:
@@ -172,6 +188,11 @@ class OccupancyLearner(pl.LightningModule):
         checkpoint[PROVENANCE_KEY] = describe(
             self.config, self.global_step, self._run_length.elapsed_s, self.scores, self.start
         )
+
+
+def forgetting(view: StereoView, known: Tensor) -> StereoView:
+    """The view without what it holds of samples that are not ``known`` [B]."""
+    return view._replace(image_from_ego=view.image_from_ego * known[:, None, None, None])
 
 
 def learning_rate_factor(settings: OptimizerSettings, step: int, done: float) -> float:

@@ -40,13 +40,14 @@ def check_parity(
 
     deployed = DeployedModel(model).eval()
     tables = table_tensors(rig, model)
-    threshold, state = torch.tensor(engine.occupancy_threshold), model.empty_state()
+    threshold, memory = torch.tensor(engine.occupancy_threshold), deployed.empty_memory()
     parities = []
     for frame, (images, previous_from_current) in enumerate(drive(model.config, frames)):
         graph = EngineOutput(engine.infer(images, previous_from_current))
         motion = torch.from_numpy(previous_from_current).float()
         with torch.no_grad():
-            *results, state = deployed(torch.from_numpy(images), *tables, motion, threshold, state)
+            results = deployed(torch.from_numpy(images), *tables, motion, threshold, *memory)
+        results, memory = results[: -len(memory)], results[-len(memory) :]
         network = EngineOutput(Prediction(*(result.numpy() for result in results)))
         parities.append(difference(str(frame), network, graph).parity)
     parity = worst(parities)
@@ -92,4 +93,4 @@ def drive(config: ModelConfig, frames: int, seed: int = 0) -> Iterator[tuple[np.
 def table_tensors(rig: CameraRig, model: OccFlowNet) -> tuple[torch.Tensor, ...]:
     """A rig's lift tables as the deployed network takes them."""
     tables = build_lift_tables(rig, model.lift_spec)
-    return tuple(torch.from_numpy(t) for t in (tables.pixel_index, tables.depth_index, tables.depth_weight))
+    return tuple(torch.from_numpy(array) for array in tables.arrays().values())

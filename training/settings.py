@@ -159,6 +159,8 @@ class TrainerSettings:
         accelerator, devices, nodes, strategy, precision: Lightning's own; e.g. ``gpu``, 8, 2, ``ddp``, ``16-mixed``.
         seed: of weights, order, augmentation and drawn rays.
         threads: CPU threads per process; 0 leaves torch's own choice.
+        checkpoint_activations: compute activations again for backward instead of keeping them: a third more time, a
+            fraction of the memory.
         checkpoint_steps: steps between checkpoints; a crash loses no more.
         val_steps: steps between validations.
         val_samples: samples of the validation split that are used; 0 for all.
@@ -180,6 +182,7 @@ class TrainerSettings:
     precision: str = "32-true"
     seed: int = 0
     threads: int = 0
+    checkpoint_activations: bool = False
     checkpoint_steps: int = 500
     val_steps: int = 500
     val_samples: int = 32
@@ -232,6 +235,15 @@ class TrainingConfig:
                 raise ConfigError(f"{name} is {value}; give a value from {low} to {high}")
         if self.learns_velocity and not self.model.field.velocity:
             raise ConfigError("learned flow needs a field that predicts it; set model.field.velocity: true")
+
+    @property
+    def window(self) -> int:
+        """Keyframes that a step sees: the present one, one whose volume is the memory, one that stereo matches that with.
+
+        Of single images only stereo's partner is wanted.
+        """
+        alone = self.supervision.kind == "images"
+        return (1 if alone else 2) + (self.model.depth.stereo is not None)
 
     @property
     def learns_velocity(self) -> bool:

@@ -114,7 +114,7 @@ class StereoMatcher(nn.Module):
             previous_from_current: [B, 4, 4], pose of the current ego frame in the previous one.
             then: the previous frame's view.
         """
-        there = then.image_from_ego @ previous_from_current[:, None] @ ego_from_image  # [B, N, 4, 4]
+        there = _product(then.image_from_ego, _product(previous_from_current[:, None], ego_from_image))  # [B, N, 4, 4]
         arguments = (
             now.flatten(0, 1),
             then.features.flatten(0, 1),
@@ -161,7 +161,7 @@ def cost_volume(
     parts = []
     for depths in depths_m.split(step):
         place = places_before(now.shape[-2:], stride, previous_from_current_image, depths, width_px, height_px)
-        found = F.grid_sample(then, place.flatten(1, 2).to(then.dtype), align_corners=False)  # [M, C, D * h, w]
+        found = F.grid_sample(then.to(place.dtype), place.flatten(1, 2), align_corners=False)  # [M, C, D * h, w]
         found = found.unflatten(2, (len(depths), now.shape[-2]))  # [M, C, D, h, w]
         agreement = (now[:, :, None] * found).unflatten(1, (groups, -1)).sum(2)  # [M, G, D, h, w]
         # A lookup between cells is shorter than one at a cell; undivided, agreement would favour whole cells.
@@ -190,11 +190,10 @@ def places_before(
     Returns:
         [M, D, h', w', 2] float32; far outside for places behind the previous camera.
     """
-    # Half precision has no digits for pixels times metres.
     matrix = previous_from_current_image.float()
     u, v = ((torch.arange(n, device=matrix.device, dtype=torch.float32) + 0.5) * stride for n in reversed(shape))
     pixel = torch.stack([u.expand(*shape), v[:, None].expand(*shape), torch.ones(*shape, device=matrix.device)])
-    ray = torch.einsum("mij,jhw->mihw", matrix[:, :3, :3], pixel)  # [M, 3, h, w]
+    ray = (matrix[:, :3, :3, None, None] * pixel).sum(2)  # [M, 3, h, w]
     there = ray[:, :, None] * depths_m.float().view(1, 1, -1, 1, 1) + matrix[:, :3, 3].view(-1, 3, 1, 1, 1)
     depth_m = there[:, 2]  # [M, D, h, w]
     size_px = torch.tensor([width_px, height_px], device=matrix.device, dtype=torch.float32).view(1, 2, 1, 1, 1)
@@ -207,3 +206,8 @@ def places_before(
 def unit_groups(features: Tensor, groups: int) -> Tensor:
     """Features [M, C, h, w] scaled to unit length in each group of channels."""
     return F.normalize(features.unflatten(1, (groups, -1)), dim=2).flatten(1, 2)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Matrices a @ b, [..., 4, 4], never in half precision, which has no digits for pixels times metres."""
+    return (a.float()[..., :, :, None] * b.float()[..., None, :, :]).sum(-2)

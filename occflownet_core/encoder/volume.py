@@ -8,6 +8,7 @@ height gets weights of its own, which suits a world whose ground is at the botto
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,14 @@ class VolumeConfig:
         memory_channels: features per voxel of the one-frame volume, which is also the memory.
         widths: channels (all heights together) at full, half, quarter, ... resolution of the ground plane.
         blocks: residual blocks at each of these resolutions.
+        kind: ``planar`` folds heights into channels and convolves over the ground plane; ``conv3d`` convolves in 3D,
+            widths then being channels per voxel.
     """
 
     memory_channels: int = 16
     widths: tuple[int, ...] = (128, 128, 160)
     blocks: tuple[int, ...] = (1, 1, 1)
+    kind: Literal["planar", "conv3d"] = "planar"
 
 
 class ResidualBlock(nn.Module):
@@ -63,10 +67,7 @@ class VolumeEncoder(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, config: VolumeConfig) -> None:
         super().__init__()
-        if not config.widths or len(config.widths) != len(config.blocks):
-            raise ConfigError(
-                f"volume: widths {config.widths} and blocks {config.blocks} differ in number; give one of each per level"
-            )
+        require_levels(config)
         self.levels = nn.ModuleList()
         for level, (width, blocks) in enumerate(zip(config.widths, config.blocks, strict=True)):
             first = ConvBlock(inputs, width, kernel=1) if level == 0 else ResidualBlock(inputs, width, stride=2)
@@ -89,3 +90,15 @@ class VolumeEncoder(nn.Module):
             finer = maps.pop()
             merged = finer + F.interpolate(lateral(merged), size=finer.shape[-2:], mode="bilinear", align_corners=False)
         return self.head(merged)
+
+
+def require_levels(config: VolumeConfig) -> None:
+    """Check that there are as many widths as blocks.
+
+    Raises:
+        ConfigError: there are not.
+    """
+    if not config.widths or len(config.widths) != len(config.blocks):
+        raise ConfigError(
+            f"volume: widths {config.widths} and blocks {config.blocks} differ in number; give one of each per level"
+        )

@@ -5,7 +5,8 @@ must move along: pixels, cameras, lift tables, rays, labels, boxes, ego motion (
 Image augmentation changes which pixel a voxel reads and nothing in the world: rays and labels stay. A roll of the
 image about its centre is a camera rolled about its axis, so it stays a ``Camera``; mirroring has no camera and acts on
 the tables' columns. A grid flip mirrors the world and leaves the images: the flipped voxel reads what its mirror image
-read, so it acts on the tables' voxels.
+read, so it acts on the tables' voxels. Where a graph is told the cameras, or pixels are splatted, mirror and flip are
+matrices among others.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import torch
 
 from occflownet_core.boxes import MovingBoxes
 from occflownet_core.camera import Camera, CameraRig
+from occflownet_core.camera_matrices import CameraMatrices
 from occflownet_core.errors import DatasetError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.lift_tables import LiftSpec, LiftTables, build_lift_tables
 from occflownet_core.preprocess import ImageTransform
 from occflownet_core.renderer.rays import Rays
+from occflownet_core.splat_tables import SplatTables
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,12 @@ class GridFlip:
             volume = np.flip(column.reshape(z, y, x, *column.shape[1:]), axes)
             return np.ascontiguousarray(volume).reshape(column.shape)
 
-        return LiftTables(
-            flip(tables.pixel_index), flip(tables.depth_index), flip(tables.depth_weight), flip(tables.camera_index)
+        return replace(
+            tables,
+            pixel_index=flip(tables.pixel_index),
+            depth_index=flip(tables.depth_index),
+            depth_weight=flip(tables.depth_weight),
+            camera_index=flip(tables.camera_index),
         )
 
     def rays(self, rays: Rays, grid: VoxelGrid) -> Rays:
@@ -237,7 +244,9 @@ class AugmentationDraw:
         return cls((ImageDraw(),) * cameras)
 
 
-def warped_tables(rig: CameraRig, warps: Sequence[ImageWarp], flip: GridFlip, spec: LiftSpec) -> LiftTables:
+def warped_tables(
+    rig: CameraRig, warps: Sequence[ImageWarp], flip: GridFlip, spec: LiftSpec
+) -> LiftTables | SplatTables:
     """Lift tables for augmented images and grid.
 
     Args:
@@ -247,8 +256,11 @@ def warped_tables(rig: CameraRig, warps: Sequence[ImageWarp], flip: GridFlip, sp
         spec: the lift's shapes.
     """
     seen = CameraRig(tuple(warp.camera(camera) for warp, camera in zip(warps, rig, strict=True)))
-    tables = build_lift_tables(seen, spec)
     mirrored = np.array([warp.mirrored for warp in warps])
+    matrices = CameraMatrices.of(seen, spec.reference_focal_px).mirrored(mirrored).in_frame(flip.matrix(spec.grid))
+    tables = build_lift_tables(seen, spec, matrices)
+    if isinstance(tables, SplatTables):
+        return tables
     if mirrored.any():
         tables = _with_mirrored_columns(tables, mirrored, spec.feature_width)
     return flip.tables(tables, spec.grid) if flip.x or flip.y else tables

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from occflownet_core.boxes import MovingBoxes
-from occflownet_core.encoder.lift import LiftTensors
+from occflownet_core.encoder.lift import LiftTensors, SplatTensors, stacked_tables
 from occflownet_core.errors import DatasetError
 from occflownet_core.lift_tables import LiftTables
 from occflownet_core.renderer.rays import Rays
+from occflownet_core.splat_tables import SplatTables
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class OccupancySample:
         token, scene: where it comes from.
         stamp_us: time of the ego frame.
         images: uint8 RGB [N, H, W, 3].
-        tables: what every voxel reads of them.
+        tables: how they are lifted: what every voxel reads, or where every pixel goes.
         previous_from_current: [4, 4], this ego frame in the previous keyframe's; None at a window's or scene's start.
         rays: 2D supervision, or None where it was not asked for.
         boxes: how annotated objects move between this keyframe and its neighbours, or None.
@@ -56,7 +57,7 @@ class OccupancySample:
     scene: str
     stamp_us: int
     images: np.ndarray
-    tables: LiftTables
+    tables: LiftTables | SplatTables
     previous_from_current: np.ndarray | None
     rays: Rays | None
     boxes: MovingBoxes | None
@@ -85,7 +86,7 @@ class OccupancyBatch:
     tokens: tuple[str, ...]
     scenes: tuple[str, ...]
     images: Tensor
-    tables: LiftTensors
+    tables: LiftTensors | SplatTensors
     previous_from_current: Tensor
     has_previous: Tensor
     rays: Rays | None
@@ -104,8 +105,6 @@ class OccupancyBatch:
         """The same batch on another device."""
 
         def move(value):
-            if isinstance(value, LiftTensors):
-                return LiftTensors(*(getattr(value, name).to(device) for name in value.__dataclass_fields__))
             return value.to(device) if hasattr(value, "to") else value
 
         return replace(self, **{name: move(getattr(self, name)) for name in self.__dataclass_fields__})
@@ -135,7 +134,7 @@ def _stack(samples: Sequence[OccupancySample]) -> OccupancyBatch:
         tokens=tuple(s.token for s in samples),
         scenes=tuple(s.scene for s in samples),
         images=stacked([s.images for s in samples]),
-        tables=LiftTensors.from_tables([s.tables for s in samples]),
+        tables=stacked_tables([s.tables for s in samples]),
         previous_from_current=stacked(motions).float(),
         has_previous=torch.tensor([s.previous_from_current is not None for s in samples]),
         rays=_joined([s.rays for s in samples], Rays),

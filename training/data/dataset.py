@@ -17,6 +17,7 @@ from occflownet_core.errors import DatasetError, ImageError
 from occflownet_core.grid import OCC3D_GRID, VoxelGrid
 from occflownet_core.labels import BOXED_CLASSES
 from occflownet_core.lift_tables import LiftSpec, LiftTables
+from occflownet_core.splat_tables import SplatTables
 from training.data.augment import Augmentation, AugmentationDraw, GridFlip, ImageWarp, warped_tables
 from training.data.batch import Occupancy, OccupancySample
 from training.data.nuscenes import Keyframe, KeyframeIndex, load_occupancy, read_bytes
@@ -163,7 +164,7 @@ class NuScenesOccupancy(Dataset):
                 frames[offset] = keyframe, self._rays.get(j, lambda k=keyframe: self.source.frame_rays(k))
         return frames
 
-    def _lift_tables(self, rig: CameraRig, warps: list[ImageWarp], flip: GridFlip) -> LiftTables:
+    def _lift_tables(self, rig: CameraRig, warps: list[ImageWarp], flip: GridFlip) -> LiftTables | SplatTables:
         if self.augmentation:
             return warped_tables(rig, warps, flip, self.lift)
         key = b"".join(matrix.tobytes() for camera in rig for matrix in (camera.intrinsic, camera.ego_from_camera))
