@@ -11,9 +11,6 @@ from occflownet_core.errors import ExportError
 from occflownet_core.field import FieldDecoder, occupancy_probability
 from occflownet_core.grid import VoxelGrid
 
-FEATURES_OUTPUT = "field_features"
-"""The output of the deployment graph that the field's graph reads."""
-
 
 class DeployedField(nn.Module):
     """A field's probability at many points, and all it knows at fewer, of the features that the deployment graph hands out.

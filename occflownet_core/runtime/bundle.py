@@ -4,6 +4,7 @@
 my_bundle/
     bundle.yaml            everything below, readable by a person
     model.onnx             the deployment graph
+    field.onnx             optional: the graph of queries, which reads what model.onnx hands out as ``field_features``
     weights.safetensors    optional: the weights, for the torch engine
 """
 
@@ -26,7 +27,12 @@ from occflownet_core.preprocess import ImageTransform
 FORMAT_VERSION = 1
 DESCRIPTION = "bundle.yaml"
 GRAPH = "model.onnx"
+FIELD_GRAPH = "field.onnx"
 WEIGHTS = "weights.safetensors"
+FIELD_FEATURES = "field_features"
+"""The output of the deployment graph that the graph of queries reads."""
+
+_OPTIONAL = frozenset({FIELD_GRAPH, WEIGHTS})
 _HASH_DIGITS_SHOWN = 12
 
 
@@ -60,6 +66,7 @@ class Bundle:
         occupancy_threshold: a voxel is occupied where its occupancy probability is above; tuned on a validation split.
         recurrent: memory that the engine carries from run to run.
         outputs: names of the graph's other outputs (``labels`` always; ``occupancy_probability`` where present).
+        field_channels: features per working cell that the graph hands out for queries; 0 where there are no queries.
         model: the network's configuration (``ModelConfig`` as plain values), for rebuilding it.
         provenance: how it was trained, in free words and values.
         metrics: what was measured, in free words and values.
@@ -75,6 +82,7 @@ class Bundle:
     occupancy_threshold: float
     recurrent: tuple[RecurrentState, ...] = ()
     outputs: tuple[str, ...] = ("labels",)
+    field_channels: int = 0
     model: dict = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
@@ -82,6 +90,16 @@ class Bundle:
     @property
     def graph_path(self) -> Path:
         return self.directory / GRAPH
+
+    @property
+    def field_graph_path(self) -> Path | None:
+        """The graph of queries, or None where the bundle carries none."""
+        return self.directory / FIELD_GRAPH if self.field_channels else None
+
+    @property
+    def field_features_shape(self) -> tuple[int, ...]:
+        """Of ``field_features``: [1, Z, Y, X, C] on the working grid."""
+        return (1, *self.lift.grid.shape[::-1], self.field_channels)
 
     @property
     def weights_path(self) -> Path | None:
@@ -99,13 +117,13 @@ def write_bundle(bundle: Bundle, files: Mapping[str, bytes]) -> None:
 
     Args:
         bundle: what goes into ``bundle.yaml``; ``bundle.directory`` is created.
-        files: content of ``model.onnx`` and, if wanted, ``weights.safetensors``.
+        files: content of ``model.onnx``, of ``field.onnx`` if there are queries, and of ``weights.safetensors`` if wanted.
 
     Raises:
-        BundleError: ``model.onnx`` is not among the files, or the folder cannot be written.
+        BundleError: ``model.onnx`` is not among the files, a file is missing or too much, or the folder cannot be written.
     """
-    if GRAPH not in files or not set(files) <= {GRAPH, WEIGHTS}:
-        raise BundleError(f"a bundle holds {GRAPH} and maybe {WEIGHTS}, got {', '.join(sorted(files)) or 'nothing'}")
+    if problem := _wrong_files(set(files), bundle.field_channels):
+        raise BundleError(f"{problem}, got {', '.join(sorted(files)) or 'nothing'}")
     description = {
         "format_version": FORMAT_VERSION,
         "name": bundle.name,
@@ -118,13 +136,14 @@ def write_bundle(bundle: Bundle, files: Mapping[str, bytes]) -> None:
         "lift": {**asdict(bundle.lift), "grid": bundle.lift.grid.to_dict()},
         "classes": list(CLASS_NAMES),
         "outputs": list(bundle.outputs),
+        "field_channels": bundle.field_channels,
         "recurrent": [{**asdict(state), "shape": list(state.shape)} for state in bundle.recurrent],
         "model": bundle.model,
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
     try:
         bundle.directory.mkdir(parents=True, exist_ok=True)
-        for name in {DESCRIPTION, WEIGHTS} - set(files):
+        for name in {DESCRIPTION, *_OPTIONAL} - set(files):
             (bundle.directory / name).unlink(missing_ok=True)
         for name, content in files.items():
             _write(bundle.directory / name, content)
@@ -165,7 +184,7 @@ def load_bundle(path: str | Path) -> Bundle:
         raise BundleError(f"{directory / DESCRIPTION} holds a wrong value ({error}); export the model again") from None
     _require_our_classes(directory, description.get("classes"))
     _require_whole_stride(bundle)
-    _require_unaltered(directory, hashes)
+    _require_unaltered(bundle, hashes)
     return bundle
 
 
@@ -194,6 +213,7 @@ def _bundle(directory: Path, d: dict) -> Bundle:
             for s in d["recurrent"]
         ),
         outputs=tuple(str(name) for name in d["outputs"]),
+        field_channels=int(d.get("field_channels", 0)),
         model=dict(d.get("model") or {}),
         provenance=dict(d.get("provenance") or {}),
         metrics=dict(d.get("metrics") or {}),
@@ -234,16 +254,26 @@ def _require_whole_stride(bundle: Bundle) -> None:
         )
 
 
-def _require_unaltered(directory: Path, hashes: Mapping[str, str]) -> None:
-    if GRAPH not in hashes or not set(hashes) <= {GRAPH, WEIGHTS}:
+def _wrong_files(names: set[str], field_channels: int) -> str:
+    """What a bundle must hold, where these are not its files; empty where they are."""
+    needed = {GRAPH, FIELD_GRAPH} if field_channels else {GRAPH}
+    if needed <= names <= needed | {WEIGHTS}:
+        return ""
+    return f"a bundle holds {GRAPH}, {FIELD_GRAPH if field_channels else f'no {FIELD_GRAPH}'} and maybe {WEIGHTS}"
+
+
+def _require_unaltered(bundle: Bundle, hashes: Mapping[str, str]) -> None:
+    directory = bundle.directory
+    if problem := _wrong_files(set(hashes), bundle.field_channels):
         raise BundleError(
             f"{directory / DESCRIPTION} lists hashes of {', '.join(sorted(hashes)) or 'nothing'}; "
-            f"a bundle holds {GRAPH} and maybe {WEIGHTS}: export the model again"
+            f"{problem}: export the model again"
         )
-    if WEIGHTS not in hashes and (directory / WEIGHTS).exists():
-        raise BundleError(
-            f"{directory / WEIGHTS} does not belong to the bundle (it has no hash in {DESCRIPTION}); delete it"
-        )
+    for name in sorted(_OPTIONAL - set(hashes)):
+        if (directory / name).exists():
+            raise BundleError(
+                f"{directory / name} does not belong to the bundle (it has no hash in {DESCRIPTION}); delete it"
+            )
     for name, expected in hashes.items():
         try:
             actual = hashlib.sha256((directory / name).read_bytes()).hexdigest()

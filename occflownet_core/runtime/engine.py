@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from occflownet_core import poses
 from occflownet_core.camera import Camera, CameraRig
 from occflownet_core.errors import CalibrationError, EngineError
 from occflownet_core.lift_tables import LiftTables, build_lift_tables
-from occflownet_core.runtime.bundle import Bundle
+from occflownet_core.runtime.bundle import FIELD_FEATURES, Bundle
 
 _log = logging.getLogger(__name__)
 
@@ -35,11 +35,19 @@ class Prediction:
         labels: uint8 [X, Y, Z] on the bundle's grid.
         probability: float [X, Y, Z], probability of being occupied, or None where the graph has no such output.
         velocity_mps: float [X, Y, Z, 3] in the ego frame, or None.
+        field_features: float [1, Z, Y, X, C], what ``FieldQuery.field`` reads; None unless the engine keeps the field.
     """
 
     labels: np.ndarray
     probability: np.ndarray | None = None
     velocity_mps: np.ndarray | None = None
+    field_features: np.ndarray | None = None
+
+    @classmethod
+    def from_outputs(cls, outputs: Mapping[str, np.ndarray]) -> Prediction:
+        """Of a graph's outputs by name; of those that are no part of a prediction, nothing."""
+        names = ("labels", "occupancy_probability", "velocity", FIELD_FEATURES)
+        return cls(*(outputs.get(name) for name in names))
 
 
 class Engine(ABC):
@@ -61,6 +69,29 @@ class Engine(ABC):
         self.occupancy_threshold = bundle.occupancy_threshold
         self._tables: LiftTables | None = None
         self._missing: frozenset[int] = frozenset()
+        self._keep_field = False
+
+    @property
+    def keep_field(self) -> bool:
+        """Whether predictions bring the features that queries read (megabytes a frame); may be set between runs.
+
+        Raises:
+            EngineError: (on setting) the bundle has no graph for queries.
+        """
+        return self._keep_field
+
+    @keep_field.setter
+    def keep_field(self, value: bool) -> None:
+        if value and not self.bundle.field_channels:
+            raise EngineError(
+                f"model '{self.bundle.name}' was exported without its field, so it cannot be queried; export it again"
+            )
+        self._keep_field = value
+
+    @property
+    def delivered(self) -> tuple[str, ...]:
+        """Names of the graph's outputs that a prediction is made of."""
+        return (*self.bundle.outputs, *((FIELD_FEATURES,) if self._keep_field else ()))
 
     @property
     def occupancy_threshold(self) -> float:

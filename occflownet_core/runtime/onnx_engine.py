@@ -86,21 +86,21 @@ class OnnxEngine(Engine):
         self._bind_input("images", images)
         self._bind_input("previous_from_current", previous_from_current)
         self._bind_input("occupancy_threshold", np.array(self.occupancy_threshold, np.float32))
+        self._binding.clear_binding_outputs()  # what is delivered may have changed
         for state in self.bundle.recurrent:
             self._binding.bind_ortvalue_input(state.input, read[state.output])
             self._binding.bind_ortvalue_output(state.output, write[state.output])
-        for name in self.bundle.outputs:
+        for name in self.delivered:
             self._binding.bind_output(name, "cpu")
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed while running '{self.bundle.name}': {error}") from None
         self._memory.reverse()
-        names = [*(state.output for state in self.bundle.recurrent), *self.bundle.outputs]
+        names = [*(state.output for state in self.bundle.recurrent), *self.delivered]
         results = dict(zip(names, self._binding.get_outputs(), strict=True))
         # Copied, because .numpy() of a buffer on the CPU may be a view that dies with the OrtValue.
-        arrays = {name: results[name].numpy().copy() for name in self.bundle.outputs}
-        return Prediction(arrays["labels"], arrays.get("occupancy_probability"), arrays.get("velocity"))
+        return Prediction.from_outputs({name: results[name].numpy().copy() for name in self.delivered})
 
     def _bind_input(self, name: str, array: np.ndarray, device: str = "cpu") -> None:
         # Held here, because an OrtValue on the CPU borrows the array's memory and the binding holds neither.

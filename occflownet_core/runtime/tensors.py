@@ -11,7 +11,7 @@ import numpy as np
 
 from occflownet_core.camera_matrices import PARAMETERS
 from occflownet_core.errors import EngineError
-from occflownet_core.runtime.bundle import Bundle
+from occflownet_core.runtime.bundle import FIELD_FEATURES, Bundle
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def described_tensors(bundle: Bundle) -> list[Tensor]:
         Tensor("occupancy_threshold", (), "float32", True),
         *(Tensor(state.input, state.shape, state.dtype, True) for state in bundle.recurrent),
         *(Tensor(name, *outputs[name], False) for name in bundle.outputs),
+        *([Tensor(FIELD_FEATURES, bundle.field_features_shape, "float32", False)] if bundle.field_channels else []),
         *(Tensor(state.output, state.shape, state.dtype, False) for state in bundle.recurrent),
     ]
 

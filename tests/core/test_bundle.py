@@ -173,6 +173,28 @@ def test_hashes_of_files_elsewhere_are_not_followed(bundle):
     assert "../secret" in refusal(bundle.directory)
 
 
+def test_the_graph_of_queries_comes_and_goes_with_the_field(tmp_path, bundle):
+    assert bundle.field_graph_path is None
+    asked = dataclasses.replace(make(bundle.directory), field_channels=6)
+    write_bundle(asked, {"model.onnx": GRAPH, "field.onnx": b"second"})
+    read = load_bundle(bundle.directory)
+    assert read == asked and read.field_graph_path.read_bytes() == b"second"
+    assert read.field_features_shape == (1, 2, 4, 8, 6)  # cells of 1 m: 8 x 4 x 2 in x, y, z
+    rewrite(bundle, field_channels=0)
+    assert "holds model.onnx, no field.onnx and maybe weights.safetensors" in refusal(bundle.directory)
+    write_bundle(make(bundle.directory), {"model.onnx": GRAPH})
+    assert not (bundle.directory / "field.onnx").exists()
+    (bundle.directory / "field.onnx").write_bytes(b"left over")
+    assert "field.onnx does not belong to the bundle" in refusal(bundle.directory)
+    with pytest.raises(BundleError, match=r"a bundle holds model\.onnx, field\.onnx and maybe .*, got model\.onnx"):
+        write_bundle(dataclasses.replace(asked, directory=tmp_path / "x"), {"model.onnx": GRAPH})
+
+
+def test_bundles_from_before_there_were_queries_are_read(bundle):
+    rewrite(bundle, field_channels=None)
+    assert load_bundle(bundle.directory).field_channels == 0
+
+
 def test_a_bundle_without_graph_is_not_written(tmp_path):
     with pytest.raises(BundleError, match=r"a bundle holds model\.onnx"):
         write_bundle(make(tmp_path / "x"), {"weights.safetensors": b""})
@@ -188,6 +210,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_the_runtime_does_not_import_torch():
     program = (
         "import sys, occflownet_core.runtime.bundle, occflownet_core.runtime.engine, occflownet_core.runtime.onnx_engine;"
+        "import occflownet_core.runtime.field_query, occflownet_core.mesh;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
