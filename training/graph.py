@@ -11,15 +11,15 @@ import numpy as np
 import onnx
 import torch
 
-from occflownet_core.errors import ExportError
+from occflownet_core.errors import EngineError, ExportError
 from occflownet_core.model import DeployedModel, OccFlowNet
 from occflownet_core.runtime.bundle import GRAPH
+from occflownet_core.runtime.native_operators import require_native
 from training.parity import drive, ring_rig, table_tensors
 
 OPSET = 18
 
 _LARGE = 1024
-_FOREIGN_OPERATORS = ("Scatter", "Loop", "If", "Scan", "NonZero", "Unique", "NonMaxSuppression", "Sequence", "Optional")
 
 
 def export_graph(model: OccFlowNet) -> onnx.ModelProto:
@@ -50,19 +50,15 @@ def export_graph(model: OccFlowNet) -> onnx.ModelProto:
 
 
 def require_native_operators(graph: onnx.ModelProto) -> None:
-    """Refuse operators that ONNX Runtime or TensorRT runs late, slowly or not at all (DESIGN: graph boundary).
+    """Refuse what ONNX Runtime or TensorRT runs late, slowly or not at all (DESIGN: graph boundary).
 
     Raises:
-        ExportError: a scatter, a data-dependent shape, control flow, a function, or a GridSample of more than 2D.
+        ExportError: the first node that is not in the table of ``native_operators``, by name, and why.
     """
-    inferred = onnx.shape_inference.infer_shapes(graph)
-    values = [*inferred.graph.input, *inferred.graph.value_info]
-    rank = {value.name: len(value.type.tensor_type.shape.dim) for value in values}
-    for node in inferred.graph.node:
-        if node.op_type.startswith(_FOREIGN_OPERATORS) or node.domain not in ("", "ai.onnx"):
-            raise ExportError(f"the graph uses {node.op_type}, which not every runtime has; write the model without it")
-        if node.op_type == "GridSample" and rank.get(node.input[0]) != 4:
-            raise ExportError("the graph uses GridSample on other than 2D maps, which TensorRT lacks; fold axes first")
+    try:
+        require_native(graph)
+    except EngineError as error:
+        raise ExportError(str(error)) from None
 
 
 def store_half(graph: onnx.ModelProto) -> None:
