@@ -179,11 +179,14 @@ class Inputs:
 
     def _on_moving_transforms(self) -> None:
         """Hand on the vehicle's latest pose, if what came has to do with it."""
-        found = self._tf.transforms.newest(self._settings.odom_frame, self._settings.base_frame)
-        if found is None or found[0] in (0, self._tf_pose_ns):
-            return
-        self._tf_pose_ns, pose = found
-        self._pipeline.add_pose(self._tf_pose_ns, pose.translation_m, pose.quaternion_wxyz)
+        try:
+            found = self._tf.transforms.newest(self._settings.odom_frame, self._settings.base_frame)
+            if found is None or found[0] in (0, self._tf_pose_ns):
+                return
+            self._tf_pose_ns, pose = found
+            self._pipeline.add_pose(self._tf_pose_ns, pose.translation_m, pose.quaternion_wxyz)
+        except GeometryError as error:
+            self._complain("odometry", f"{self.ego_motion_source} refused: {error}")
 
     def _hand_on_calibration(self) -> None:
         self._pipeline.set_rig(self.calibration.rig, self.calibration.models)

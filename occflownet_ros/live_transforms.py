@@ -7,6 +7,7 @@ The plain implementation is here; the one of tf2_ros is in ``tf_adapter``. A tes
 from __future__ import annotations
 
 import difflib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from occflownet_core.poses import RecordedPose
 from occflownet_ros.transform_tree import LiveTrack, TransformTree, bare
 
 _TIME_JUMP_NS = 1_000_000_000
+_UNIT_TOLERANCE = 0.01  # of the squared length, as tf2's
 _MANY = 6
 
 
@@ -48,6 +50,11 @@ class LiveTransforms(ABC):
             pose = RecordedPose((t.x, t.y, t.z), (q.w, q.x, q.y, q.z))
         except GeometryError as error:
             raise GeometryError(f"the transform of '{child}' in '{parent}' is refused: {error}") from None
+        length = math.hypot(q.w, q.x, q.y, q.z)
+        if abs(length**2 - 1) > _UNIT_TOLERANCE:
+            raise GeometryError(
+                f"the transform of '{child}' in '{parent}' is refused: its quaternion has length {length:.3g}; give 1"
+            )
         stamp_ns = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
         if not is_static:
             if self._newest_ns - stamp_ns > _TIME_JUMP_NS:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 from geometry_msgs.msg import TransformStamped
@@ -89,6 +91,7 @@ def test_a_clock_reset_forgets_what_moved_and_keeps_what_is_fixed(transforms):
     [
         (transform("base_link", "camera", (np.nan, 0, 0)), "'camera' in 'base_link' is refused: translation"),
         (transform("base_link", "camera", (0, 0, 0), (0, 0, 0, 0)), "'camera' in 'base_link' is refused: quaternion"),
+        (transform("base_link", "camera", (0, 0, 0), (0.5, 0, 0, 0)), "refused: its quaternion has length 0.5; give 1"),
         (transform("camera", "/camera"), "give two different frames"),
         (transform("", "camera"), "give two different frames"),
     ],
@@ -133,7 +136,28 @@ def test_what_is_missing_is_named(transforms):
     assert transforms.trouble("odom", ["turret"], "/tf", fixed=False) == ""
 
 
-frames = st.integers(0, 5)
+anything = st.floats(allow_nan=True, allow_infinity=True)
+names = st.sampled_from(["base_link", "/base_link", "odom", "camera", "a b", "", "/", "\u00e9", "x" * 300])
+
+
+@given(st.lists(st.tuples(names, names, st.tuples(*[anything] * 7), st.integers(0, 2**31 - 1), st.booleans())))
+@pytest.mark.parametrize("kind", [PlainTransforms, Tf2Transforms])
+def test_whatever_is_sent_is_kept_or_refused(kind, sent):
+    """Cycles, slashes, empty names, infinities, time that jumps about: a GeometryError or a transform, nothing else."""
+    if kind is Tf2Transforms:
+        pytest.importorskip("tf2_ros", reason="tf2_ros comes with a ROS installation and is not installed here")
+    transforms = kind()
+    for parent, child, numbers, stamp_s, is_static in sent:
+        with contextlib.suppress(GeometryError):
+            transforms.add(transform(parent, child, numbers[:3], numbers[3:], stamp_s * S), is_static)
+    for target, source in (("base_link", "camera"), ("odom", "base_link"), ("camera", "odom")):
+        with contextlib.suppress(GeometryError), np.errstate(all="ignore"):
+            found = transforms.newest(target, source)
+            assert found is None or np.isfinite(found[1].matrix).all()
+        for fixed in (True, False):
+            assert "\n" not in transforms.trouble(target, [source], "/tf", fixed)
+
+
 quaternions = st.tuples(*[st.floats(-1, 1)] * 4).filter(lambda q: np.linalg.norm(q) > 0.1)
 positions = st.tuples(*[st.floats(-100, 100)] * 3)
 
