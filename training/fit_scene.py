@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fit one field to all LiDAR sweeps of a log, and write what it says about every keyframe as Occ3D labels.
+"""Fit one field per log to all its LiDAR sweeps, and write what it says about every keyframe as Occ3D labels.
 
-python -m training.fit_scene --dataroot data/a --scene minicity-101-0000 --out data/a/gts_fitted
+python -m training.fit_scene --dataroot data/a --out data/a/gts_fitted
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ WITHIN_M = (0.2, 0.4, 1.0)
 _HELP_END = """
 what it writes into OUT
   <scene>/<keyframe>/labels.npz   semantics, mask_camera, mask_lidar as Occ3D has them; the masks say where any ray of the
-                                  log told something. Train on them with --data.labels_folder, see docs/training.md
+                                  log told something. With OUT inside the root, e.g. data/a/gts_fitted, a network
+                                  learns from them: training.fit ... --supervision.kind 3d --data.labels_folder gts_fitted
   <scene>/fit.json                settings, losses, ranges of held-out rays, IoU where the root has ground truth
   <scene>/*.png                   fitted, true and different voxels (where there is ground truth)
 
@@ -49,42 +50,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console()
     try:
-        report = _run(options, console)
+        _check(options)
+        version = options.version or only_version(options.dataroot)
+        index = KeyframeIndex(options.dataroot, version, scenes=options.scenes)
+        for name in index.scenes:
+            print_report(fit_one(index, name, options, console), console)
     except OccflownetError as error:
         print(f"fit_scene: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    print_report(report, console)
     return 0
 
 
-def _run(options: argparse.Namespace, console: Console) -> dict:
+def _check(options: argparse.Namespace) -> None:
     if not 0 <= options.hold_out < 1:
         raise ConfigError(f"--hold-out is {options.hold_out:g}; give a share from 0 up to, but not including, 1")
     if not 0 < options.threshold < 1:
         raise ConfigError(f"--threshold is {options.threshold:g}; give a probability between 0 and 1")
     if options.threads:
         torch.set_num_threads(options.threads)
-    index = KeyframeIndex(options.dataroot, options.version or only_version(options.dataroot), scenes=[options.scene])
-    labels = options.labels or known_labels([index[i] for i in index.scenes[options.scene]])
-    folder = options.out / options.scene
+
+
+def fit_one(index: KeyframeIndex, name: str, options: argparse.Namespace, console: Console) -> dict:
+    """Fit a scene, write its labels and its report; the report."""
+    labels = options.labels or known_labels([index[i] for i in index.scenes[name]])
+    folder = options.out / name
     folder.mkdir(parents=True, exist_ok=True)
     started_s = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        reading = progress.add_task("reading sweeps", total=len(index), note="")
-        scene = load_scene(
-            index, options.scene, SweepRays(labels), options.voxel_size, lambda: progress.advance(reading)
-        )
+        reading = progress.add_task(f"{name}: reading sweeps", total=len(index.scenes[name]), note="")
+        scene = load_scene(index, name, SweepRays(labels), options.voxel_size, lambda: progress.advance(reading))
         fitted, held_out = _fit(scene, labels, options, progress)
         report = {
-            "scene": options.scene,
+            "scene": name,
             "labels": labels,
             "keyframes": len(scene.keyframes),
             "voxel_size_m": options.voxel_size,
             "cells": scene.grid.size,
-            "moving_objects": len(scene.boxes.ego_from_box_now[:, 0, 3].unique()) if len(scene.boxes) else 0,
+            "moving_objects": len(scene.boxes.ego_from_box_now[:, :2, 3].unique(dim=0)) if len(scene.boxes) else 0,
             "steps": options.steps,
             "terms": fitted.terms,
             "threshold": options.threshold,
@@ -216,14 +221,16 @@ def print_report(report: dict, console: Console) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.fit_scene",
-        description="Fit one occupancy field to all LiDAR sweeps of a log, moving objects taken out by their boxes, and "
+        description="Fit one occupancy field per log to all its LiDAR sweeps, moving objects taken out by their boxes, and "
         "write its voxels at every keyframe: labels for training, made without any 3D label.",
         epilog=_HELP_END,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dataroot", type=Path, required=True, metavar="DIR", help="root in nuScenes' format")
     parser.add_argument("--version", help="its folder of tables, e.g. v1.0-trainval (default: the only one there is)")
-    parser.add_argument("--scene", required=True, metavar="NAME", help="name of the log's scene")
+    parser.add_argument(
+        "--scenes", nargs="+", metavar="NAME", help="names of the logs' scenes (default: all of the root)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for labels and report")
     parser.add_argument(
         "--labels",

@@ -109,17 +109,21 @@ class OccupancyData(pl.LightningDataModule):
             "augmentation": data.augmentation if data.augment else None,
         }
         self.train = Roots(
-            [self._dataset(root, data.train_split, rays=ray_source(config, root), **settings) for root in roots]
+            [
+                self._dataset(root, data.train_split, data.labels_folder, rays=ray_source(config, root), **settings)
+                for root in roots
+            ]
         )
-        whole = self._dataset(data.val_dataroot or roots[0], data.val_split, occupancy="required", rays=None, horizon=0)
+        val_root = data.val_dataroot or roots[0]
+        whole = self._dataset(val_root, data.val_split, "gts", occupancy="required", rays=None, horizon=0)
         count = min(config.trainer.val_samples or len(whole), len(whole))
         self.validation = Subset(whole, np.linspace(0, len(whole) - 1, count).round().astype(int).tolist())
 
-    def _dataset(self, dataroot: str, split: str, **settings) -> NuScenesOccupancy:
+    def _dataset(self, dataroot: str, split: str, labels_folder: str, **settings) -> NuScenesOccupancy:
         model = self.config.model
         version = self.config.data.version or only_version(Path(dataroot))
         return NuScenesOccupancy(
-            KeyframeIndex(dataroot, version, split, cameras=model.cameras),
+            KeyframeIndex(dataroot, version, split, cameras=model.cameras, labels_folder=labels_folder),
             model.image_width_px,
             model.image_height_px,
             self.lift,

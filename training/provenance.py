@@ -17,9 +17,9 @@ from training.settings import TrainingConfig
 
 _SUPERVISION = {
     "2d": "2D labels only: {rays}, {motion}",
-    "3d": "3D voxel labels only",
+    "3d": "{voxels} only",
     "images": "2D labels of single images only: depth and class from {rays}",
-    "2d3d": "2D labels ({rays}, {motion}) and 3D voxel labels",
+    "2d3d": "2D labels ({rays}, {motion}) and {voxels}",
 }
 _OF_START = ("supervision", "initial_weights", "dataset", "steps", "batch_size", "wall_time_s")
 _RAYS = {
@@ -53,8 +53,10 @@ def describe(
         motion = "current keyframe only"
     roots = [config.data.dataroot] if isinstance(config.data.dataroot, str) else config.data.dataroot
     mask = config.supervision.reads_voxels and config.losses.voxel_camera_mask
+    folder = config.data.labels_folder
+    voxels = "3D voxel labels" if folder == "gts" else f"voxel labels of '{folder}'"
     return {
-        "supervision": _SUPERVISION[kind].format(rays=_RAYS[config.data.rays], motion=motion),
+        "supervision": _SUPERVISION[kind].format(rays=_RAYS[config.data.rays], motion=motion, voxels=voxels),
         "initial_weights": "none" if start is None else {name: start[name] for name in _OF_START if name in start},
         "trained_with_camera_mask": mask,
         "dataset": ", ".join(Path(root).name for root in roots),

@@ -47,6 +47,8 @@ class DataSettings:
         version: its folder of tables; empty takes the only one there is.
         train_split, val_split: splits to learn from and to validate on.
         val_dataroot: another data set to validate on; empty is the (first) one above.
+        labels_folder: folder in each root to learn from that has its voxel labels, in Occ3D's layout (``gts``: Occ3D's
+            own; another one that ``training.fit_scene`` wrote). Validation always takes ``gts``.
         rays: source of the labelled rays: LiDAR with ``lidarseg`` or ``panoptic`` labels, or ``pseudo`` label images.
         pseudo: where those images are.
         horizon: rays come from this many keyframes before and after the current one (temporal rendering).
@@ -64,6 +66,7 @@ class DataSettings:
     train_split: str = "train"
     val_split: str = "val"
     val_dataroot: str = ""
+    labels_folder: str = "gts"
     rays: Literal["lidarseg", "panoptic", "pseudo"] = "lidarseg"
     pseudo: PseudoLabelSettings = field(default_factory=PseudoLabelSettings)
     horizon: int = 3

@@ -147,7 +147,7 @@ def test_half_of_a_ray_ends_before_its_median_range():
 
 
 def run(root, *more) -> int:
-    options = {"--dataroot": root.path, "--scene": "tiny-0002", "--out": root.path / "fitted", "--threads": 1}
+    options = {"--dataroot": root.path, "--scenes": "tiny-0002", "--out": root.path / "fitted", "--threads": 1}
     options |= {"--steps": 3, "--rays-per-step": 500}
     return fit_scene.main([*(str(part) for option in options.items() for part in option), *more])
 
@@ -173,7 +173,7 @@ def test_the_command_writes_labels_for_every_keyframe_and_a_report(tiny_root, ca
     [
         (["--hold-out", "1"], "--hold-out is 1; give a share"),
         (["--threshold", "1.5"], "--threshold is 1.5; give a probability between 0 and 1"),
-        (["--scene", "tiny-0009"], "has no scene tiny-0009"),
+        (["--scenes", "tiny-0009"], "has no scene tiny-0009"),
     ],
 )
 def test_mistakes_get_a_sentence(tiny_root, capsys, more, sentence):

@@ -154,6 +154,7 @@ class KeyframeIndex:
         split: see ``splits.scenes_of_split``.
         scenes: names of scenes, instead of a split.
         cameras: channels, in the order in which the network sees them.
+        labels_folder: folder in the root that has voxel labels in Occ3D's layout.
 
     Raises:
         DatasetError: the root, a table, the split or a scene is missing, or a keyframe lacks a camera.
@@ -166,8 +167,9 @@ class KeyframeIndex:
         split: str = "all",
         scenes: Sequence[str] | None = None,
         cameras: Sequence[str] = CAMERAS,
+        labels_folder: str = "gts",
     ) -> None:
-        self.dataroot, self.version = Path(dataroot), version
+        self.dataroot, self.version, self.labels_folder = Path(dataroot), version, labels_folder
         tables = _open_tables(self.dataroot, version)
         names = scenes_of_split(self.dataroot / version, [s["name"] for s in tables.scene], split, scenes)
         self.split = split if scenes is None else "scenes " + ", ".join(scenes)
@@ -228,7 +230,7 @@ class KeyframeIndex:
             lidar=self._sensor_frame(tables, lidar_token) if lidar_token else None,
             lidarseg_path=self._point_labels(tables, "lidarseg", lidar_token),
             panoptic_path=self._point_labels(tables, "panoptic", lidar_token),
-            occupancy_path=self.dataroot / "gts" / scene / sample["token"] / "labels.npz",
+            occupancy_path=self.dataroot / self.labels_folder / scene / sample["token"] / "labels.npz",
             boxes=self._boxes(tables, sample["anns"]),
         )
 
