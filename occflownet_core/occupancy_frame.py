@@ -59,5 +59,6 @@ def surface_voxels(labels: np.ndarray) -> np.ndarray:
         buried[:-stride] &= solid[stride:]
     buried = buried.reshape(labels.shape)
     for axis in range(3):
-        np.moveaxis(buried, axis, 0)[[0, -1]] = False
-    return occupied & ~buried
+        across = np.moveaxis(buried, axis, 0)
+        across[0] = across[-1] = False
+    return occupied > buried

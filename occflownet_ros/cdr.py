@@ -47,39 +47,44 @@ def header_stamp_ns(serialised: bytes) -> int:
 
 
 class CdrWriter:
-    """Appends primitives to a little-endian CDR stream."""
+    """Collects primitives of a little-endian CDR stream; arrays are copied once, when it is finished."""
 
     def __init__(self) -> None:
-        self._data = bytearray(_LITTLE_ENDIAN)
+        self._parts: list[bytes | memoryview] = [_LITTLE_ENDIAN]
+        self._size = 0  # counted from the end of the encapsulation header, as alignment is
 
     def align(self, size: int) -> None:
-        self._data.extend(b"\x00" * (-(len(self._data) - 4) % size))
+        self._append(b"\x00" * (-self._size % size))
 
     def pack(self, form: str, *values: float) -> None:
         """Values of one primitive type (``struct`` letter), aligned to its size."""
         self.align(struct.calcsize("<" + form[-1]))
-        self._data.extend(struct.pack("<" + form, *values))
+        self._append(struct.pack("<" + form, *values))
 
     def string(self, text: str) -> None:
         encoded = text.encode() + b"\x00"
         self.pack("I", len(encoded))
-        self._data.extend(encoded)
+        self._append(encoded)
 
     def points(self, points: np.ndarray) -> None:
         """A sequence of geometry_msgs/Point from [n, 3]."""
         self.pack("I", len(points))
         if len(points):
             self.align(8)
-            self._data.extend(np.ascontiguousarray(points, dtype="<f8").data.cast("B"))
+            self._append(np.ascontiguousarray(points, dtype="<f8").data.cast("B"))
 
     def colors(self, colors: np.ndarray | None) -> None:
         """A sequence of std_msgs/ColorRGBA from [n, 4]; None is the empty one."""
         self.pack("I", 0 if colors is None else len(colors))
-        if colors is not None:
-            self._data.extend(np.ascontiguousarray(colors, dtype="<f4").data.cast("B"))
+        if colors is not None and len(colors):
+            self._append(np.ascontiguousarray(colors, dtype="<f4").data.cast("B"))
 
     def finish(self) -> bytes:
-        return bytes(self._data)
+        return b"".join(self._parts)
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._parts.append(data)
+        self._size += len(data)
 
 
 def marker_array(stamp_ns: int, frame_id: str, cube_lists: Iterable[CubeList], delete_all: bool) -> bytes:

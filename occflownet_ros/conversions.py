@@ -31,6 +31,7 @@ _CLOUD_FIELDS = ("x", "y", "z", "rgb", "probability")
 _VELOCITY_FIELDS = ("vx", "vy", "vz")
 _PACKED_RGB = COLORS_RGB.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
 _WORD = 4  # bytes of a float32
+_VOXELS_AT_A_TIME = 1 << 13  # what is read and written meanwhile stays in the cache
 
 UNKNOWN, PASSABLE, BLOCKED = -1, 0, 100
 """nav_msgs/OccupancyGrid values."""
@@ -119,14 +120,17 @@ def pose_from_odometry(message: Odometry) -> tuple[np.ndarray, np.ndarray]:
     return np.array([p.x, p.y, p.z]), np.array([q.w, q.x, q.y, q.z])
 
 
-def voxel_centres_m(grid: VoxelGrid, flat_index: np.ndarray, dtype: str = "<f8") -> np.ndarray:
-    """Centres [n, 3] in the ego frame of cells given by C-order index [n] into [X, Y, Z]."""
+def voxel_centres_m(grid: VoxelGrid, flat_index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Centres [n, 3] in the ego frame of cells given by C-order index [n] into [X, Y, Z]; written to ``out`` if given."""
     _, y, z = grid.shape
-    column = flat_index // z
-    row = column // y
-    centres_m = np.empty((len(flat_index), 3), dtype=dtype)
-    for axis, index in enumerate((row, column - row * y, flat_index - column * z)):
-        centres_m[:, axis] = grid.axis_centres_m(axis)[index]
+    centres_m = np.empty((len(flat_index), 3)) if out is None else out
+    along = [grid.axis_centres_m(axis) for axis in range(3)]
+    for start in range(0, len(flat_index), _VOXELS_AT_A_TIME):
+        part = slice(start, start + _VOXELS_AT_A_TIME)
+        column = flat_index[part] // z
+        row = column // y
+        for axis, index in enumerate((row, column - row * y, flat_index[part] - column * z)):
+            centres_m[part, axis] = along[axis][index]
     return centres_m
 
 
@@ -137,13 +141,13 @@ def cloud_message(frame: OccupancyFrame) -> PointCloud2:
     names = _CLOUD_FIELDS + (_VELOCITY_FIELDS if frame.velocity_mps is not None else ())
     # Little-endian words by name; the label is the low byte of the last, so that points are aligned as PCL likes it.
     points = np.empty((len(flat_index), len(names) + 1), dtype="<f4")
-    points[:, 0:3] = voxel_centres_m(frame.grid, flat_index, "<f4")
+    voxel_centres_m(frame.grid, flat_index, out=points[:, 0:3])
     points.view("<u4")[:, 3] = _PACKED_RGB[label]
     points[:, 4] = 1.0 if frame.probability is None else frame.probability.ravel()[flat_index]
     if frame.velocity_mps is not None:
         points[:, 5:8] = frame.velocity_mps.reshape(-1, 3)[flat_index]
     points.view("<u4")[:, -1] = label
-    return PointCloud2(
+    message = PointCloud2(
         header=header_message(frame),
         height=1,
         width=len(points),
@@ -151,9 +155,10 @@ def cloud_message(frame: OccupancyFrame) -> PointCloud2:
         is_bigendian=False,
         point_step=_WORD * points.shape[1],
         row_step=points.nbytes,
-        data=_byte_array(points),
         is_dense=True,
     )
+    message.data = _byte_array(points)
+    return message
 
 
 @functools.cache
@@ -204,15 +209,16 @@ def height_colors_rgba(layers: int, alpha: float) -> np.ndarray:
 def depth_message(frame: OccupancyFrame, frame_id: str, depth_m: np.ndarray) -> Image:
     """A depth image (REP 118) of float32 [height, width] metres, in a camera's optical frame, at the frame's stamp."""
     height, width = depth_m.shape
-    return Image(
+    message = Image(
         header=Header(stamp=time_message(frame.stamp_ns), frame_id=frame_id),
         height=height,
         width=width,
         encoding="32FC1",
         is_bigendian=False,
         step=_WORD * width,
-        data=_byte_array(depth_m.astype("<f4", copy=False)),
     )
+    message.data = _byte_array(depth_m.astype("<f4", copy=False))
+    return message
 
 
 def info_message(frame: OccupancyFrame, frame_id: str, camera: Camera) -> CameraInfo:
@@ -231,7 +237,8 @@ def info_message(frame: OccupancyFrame, frame_id: str, camera: Camera) -> Camera
 
 
 def _byte_array(values: np.ndarray) -> array.array:
-    """What rclpy takes as uint8[] without a loop over its bytes."""
+    """What rclpy takes as uint8[] without a loop over its bytes; assigned to a message, not given to its constructor,
+    which would copy it."""
     data = array.array("B")
     data.frombytes(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
     return data
