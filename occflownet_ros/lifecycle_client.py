@@ -19,6 +19,7 @@ ACTIVE, FINALIZED = State.PRIMARY_STATE_ACTIVE, State.PRIMARY_STATE_FINALIZED
 
 _NAMES = {CONFIGURE: "configure", ACTIVATE: "activate", DEACTIVATE: "deactivate", CLEANUP: "cleanup"}
 _POLL_S = 0.02
+_ANSWER_S = 3.0
 
 
 class LifecycleError(OccflownetError):
@@ -52,7 +53,10 @@ def state_of(node: Node, target: str, timeout_s: float) -> int:
     Raises:
         LifecycleError: the node did not answer in time.
     """
-    answer = _call(node, GetState, f"{target}/get_state", GetState.Request(), timeout_s)
+    until_s, answer = time.monotonic() + timeout_s, None
+    while answer is None and (left_s := until_s - time.monotonic()) > 0:
+        # An answer may be lost while the two sides are still getting to know each other; asking again does no harm.
+        answer = _call(node, GetState, f"{target}/get_state", GetState.Request(), min(left_s, _ANSWER_S))
     if answer is None:
         raise LifecycleError(f"{target} did not tell its state within {timeout_s:g} s; is the node running?")
     return answer.current_state.id

@@ -16,8 +16,9 @@ import cv2
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
-from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.lifecycle import LifecycleNode, LifecyclePublisher, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import QoSProfile
+from rclpy.subscription import Subscription
 
 from occflownet_core.camera import Camera
 from occflownet_core.errors import OccflownetError
@@ -46,15 +47,16 @@ def _transition(step: Callable) -> Callable:
 
     @functools.wraps(step)
     def run(self: OccflownetNode, state: LifecycleState) -> TransitionCallbackReturn:
+        before = self.entities()
         try:
             return step(self, state)
-        except OccflownetError as error:
-            self.get_logger().error(str(error))
+        except Exception as error:
+            is_mistake = isinstance(error, OccflownetError)
+            if self.context.ok():  # an import that SIGINT interrupts, say, fails with an error of its own
+                self.get_logger().error(str(error) if is_mistake else traceback.format_exc())
             self.release() if step.__name__ == "on_configure" else self._stop()
-            return _FAILURE
-        except Exception:
-            self.get_logger().error(traceback.format_exc())
-            return _ERROR
+            self.destroy(self.entities() - before)
+            return _FAILURE if is_mistake else _ERROR
 
     return run
 
@@ -144,6 +146,20 @@ class OccflownetNode(LifecycleNode):
             self.destroy_lifecycle_publisher(self._diagnostics)
         self._outputs = self._diagnostics = self._engine = self._bundle = None
         self._parameters_in_force.release()
+
+    def entities(self) -> set:
+        """What the node has made on the graph."""
+        return {*self.publishers, *self.subscriptions, *self.timers}
+
+    def destroy(self, entities: set) -> None:
+        """Of a part that failed half made, and that nobody holds."""
+        for entity in entities:
+            if isinstance(entity, LifecyclePublisher):
+                self.destroy_lifecycle_publisher(entity)
+            elif isinstance(entity, Subscription):
+                self.destroy_subscription(entity)
+            else:
+                self.destroy_timer(entity)
 
     def _stop(self) -> None:
         """Undo activation; harmless when not active."""

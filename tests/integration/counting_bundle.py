@@ -2,7 +2,7 @@
 """A model bundle whose network counts: what the node publishes then tells what happened to its memory.
 
 Every voxel that a camera sees is labelled with the number of sets since the memory was forgotten (16 at most, 17 is
-free). An image with a pixel of 250 or more makes the engine fail while it runs, as ONNX Runtime really does.
+free). An image with a pixel of 250 or more (``fails_from``) makes ONNX Runtime fail while it runs.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from occflownet_core.runtime.bundle import Bundle, RecurrentState, write_bundle
 WIDTH_PX, HEIGHT_PX = 64, 32
 GRID = VoxelGrid((-8, -8, -2), (8, 8, 2), 2.0)  # 8 x 8 x 2 cells
 _LIFT = LiftSpec(GRID, DepthBins(1.0, 12.0, 1.0), feature_height=2, feature_width=4, slots=2)
-_FAILS_FROM = 250
 
 
-def write_counting_bundle(directory: Path, cameras: Sequence[str], name: str = "counting") -> Path:
-    """The bundle's folder; it takes images of 64 x 32 px."""
+def write_counting_bundle(
+    directory: Path, cameras: Sequence[str], name: str = "counting", fails_from: int = 250
+) -> Path:
+    """The bundle's folder; it takes images of 64 x 32 px. With ``fails_from`` 256 nothing makes it fail."""
     bundle = Bundle(
         directory=directory,
         name=name,
@@ -36,11 +37,11 @@ def write_counting_bundle(directory: Path, cameras: Sequence[str], name: str = "
         recurrent=(RecurrentState("state", "next_state", (1, 1, 1, 1)),),
         outputs=("labels", "occupancy_probability"),
     )
-    write_bundle(bundle, {"model.onnx": _graph(len(cameras))})
+    write_bundle(bundle, {"model.onnx": _graph(len(cameras), fails_from)})
     return directory
 
 
-def _graph(cameras: int) -> bytes:
+def _graph(cameras: int, fails_from: int) -> bytes:
     voxels, shape_xyz = GRID.size, GRID.shape
     inputs = [
         helper.make_tensor_value_info(name, kind, shape)
@@ -63,7 +64,7 @@ def _graph(cameras: int) -> bytes:
         helper.make_tensor("one", TensorProto.FLOAT, (), [1]),
         helper.make_tensor("sixteen", TensorProto.FLOAT, (), [16]),
         helper.make_tensor("free", TensorProto.FLOAT, (), [17]),
-        helper.make_tensor("zeros", TensorProto.FLOAT, (_FAILS_FROM,), [0.0] * _FAILS_FROM),
+        helper.make_tensor("zeros", TensorProto.FLOAT, (fails_from,), [0.0] * fails_from),
         helper.make_tensor("last_axes", TensorProto.INT64, (2,), [1, 2]),
         helper.make_tensor("zyx", TensorProto.INT64, (3,), list(shape_xyz[::-1])),
         helper.make_tensor("no_axes", TensorProto.INT64, (0,), []),

@@ -14,7 +14,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 from counting_bundle import HEIGHT_PX, WIDTH_PX
-from diagnostic_msgs.msg import DiagnosticArray
 from nav_msgs.msg import Odometry
 from ros_processes import NodeProcess, Vehicle
 from std_msgs.msg import UInt8MultiArray
@@ -30,7 +29,7 @@ Fault = Callable[[int, int], list[tuple[int, bytes]]]
 
 START_NS = 1_532_402_927_000_000_000
 PERIOD_NS = 100_000_000
-PATIENT_S = 60.0
+PATIENT_S = 25.0
 IMAGE_SIZE_PX = (4 * WIDTH_PX, 4 * HEIGHT_PX)
 
 
@@ -114,19 +113,13 @@ class FaultDrive:
 
     def recovers(self, sweeps: int = 30) -> bool:
         """Whether healthy sweeps bring output back, and make every diagnostic good again, within so many sweeps."""
+        begun = len(self.vehicle.diagnostics)
         for _ in range(sweeps):
-            stamps, reports = self.drive(1), len(self.vehicle.diagnostics)
-            if (
-                self.frames
-                and self.frames[-1][0] >= stamps[-1] - 3 * PERIOD_NS
-                and reports
-                and all(status.level == status.OK for status in self.vehicle.diagnostics[-1].status)
-            ):
+            stamps, reports = self.drive(1), self.vehicle.diagnostics[begun:]
+            is_heard = self.frames and self.frames[-1][0] >= stamps[-1] - 3 * PERIOD_NS
+            if is_heard and reports and all(status.level == status.OK for status in reports[-1].status):
                 return True
         return False
-
-    def reports_since(self, first: int) -> list[DiagnosticArray]:
-        return self.vehicle.diagnostics[first:]
 
     def stamps_of_output(self, stamps: list[int]) -> list[int]:
         """Those of the given stamps for which the node published."""
