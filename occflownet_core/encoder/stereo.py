@@ -159,7 +159,8 @@ def cost_volume(
     height_px, width_px = then.shape[-2] * level_stride, then.shape[-1] * level_stride
     step = max(1, _AT_ONCE // now.numel())
     parts = []
-    for depths in depths_m.split(step):
+    for first in range(0, len(depths_m), step):
+        depths = depths_m[first : first + step]
         place = places_before(now.shape[-2:], stride, previous_from_current_image, depths, width_px, height_px)
         found = F.grid_sample(then.to(place.dtype), place.flatten(1, 2), align_corners=False)  # [M, C, D * h, w]
         found = found.unflatten(2, (len(depths), now.shape[-2]))  # [M, C, D, h, w]
