@@ -23,10 +23,19 @@ from occflownet_core.encoder.lift import stacked_tables
 from occflownet_core.errors import ExportError, OccflownetError
 from occflownet_core.lift_tables import build_lift_tables
 from occflownet_core.model import DeployedModel, ModelConfig, OccFlowNet
-from occflownet_core.runtime.bundle import GRAPH, WEIGHTS, Bundle, RecurrentState, load_bundle, write_bundle
+from occflownet_core.runtime.bundle import (
+    FIELD_FEATURES,
+    FIELD_GRAPH,
+    GRAPH,
+    WEIGHTS,
+    Bundle,
+    RecurrentState,
+    load_bundle,
+    write_bundle,
+)
 from occflownet_core.runtime.comparison import HALF_PRECISION, SINGLE_PRECISION, Parity
 from training.checkpoint import load_checkpoint
-from training.graph import export_graph, store_half
+from training.graph import export_field_graph, export_graph, store_half
 from training.parity import PARITY_FRAMES, check_parity, drive, ring_rig
 
 TRAINING_CHECKPOINT = ".ckpt"
@@ -87,7 +96,7 @@ def export(
     graph = export_graph(model)
     if half_size:
         store_half(graph)
-    files = {GRAPH: graph.SerializeToString()}
+    files = {GRAPH: graph.SerializeToString(), FIELD_GRAPH: export_field_graph(model).SerializeToString()}
     if with_weights:
         files[WEIGHTS] = safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()})
     bundle = Bundle(
@@ -103,7 +112,8 @@ def export(
             RecurrentState(name, result, tuple(memory.shape))
             for (name, result), memory in zip(deployed.recurrent.items(), deployed.empty_memory(), strict=True)
         ),
-        outputs=deployed.outputs[: -len(deployed.recurrent)],
+        outputs=tuple(o for o in deployed.outputs if o not in (FIELD_FEATURES, *deployed.recurrent.values())),
+        field_channels=config.field.channels,
         model=config.to_dict(),
         provenance=provenance,
         metrics=metrics or {},

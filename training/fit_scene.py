@@ -24,12 +24,14 @@ from occflownet_core.errors import ConfigError, OccflownetError
 from occflownet_core.evaluation import OccupancyEvaluation
 from occflownet_core.grid import OCC3D_GRID
 from occflownet_core.losses import LossConfig
+from occflownet_core.picture import save_png
 from occflownet_core.renderer import Rays
 from training.data.nuscenes import Keyframe, KeyframeIndex, load_occupancy
 from training.data.rays import SweepRays
 from training.data.splits import only_version
 from training.evaluation_report import comparison_picture
 from training.scene import Scene, keyframe_labels, load_scene, predicted_range_m
+from training.scene_picture import scene_picture
 from training.voxel_fitting import FINEST, RECIPE, FitSettings, FittedVoxels, fit_voxels
 
 WITHIN_M = (0.2, 0.4, 1.0)
@@ -39,6 +41,7 @@ what it writes into OUT
                                   log told something. With OUT inside the root, e.g. data/a/gts_fitted, a network
                                   learns from them: training.fit ... --supervision.kind 3d --data.labels_folder gts_fitted
   <scene>/fit.json                settings, losses, ranges of held-out rays, IoU where the root has ground truth
+  <scene>/*_field.png             a keyframe's photographs beside the ranges that its cameras see in the field, and voxels
   <scene>/*.png                   fitted, true and different voxels (where there is ground truth)
 
 Without lidarseg or panoptic labels (--labels none) only what is occupied is found, not of which class.
@@ -94,7 +97,7 @@ def fit_one(index: KeyframeIndex, name: str, options: argparse.Namespace, consol
             "terms": fitted.terms,
             "threshold": options.threshold,
             "ranges": range_scores(scene, fitted, held_out) if len(held_out) else None,
-            **_write_labels(scene, fitted, options, folder, progress),
+            **_write_labels(scene, fitted, labels != "none", options, folder, progress),
         }
     report["seconds"] = round(time.perf_counter() - started_s, 1)
     (folder / "fit.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -165,7 +168,12 @@ def _finite(value: float) -> float | None:
 
 
 def _write_labels(
-    scene: Scene, fitted: FittedVoxels, options: argparse.Namespace, folder: Path, progress: Progress
+    scene: Scene,
+    fitted: FittedVoxels,
+    labels_known: bool,
+    options: argparse.Namespace,
+    folder: Path,
+    progress: Progress,
 ) -> dict:
     """Labels of every keyframe; and, where the root has ground truth, how they compare with it."""
     writing = progress.add_task("writing labels", total=len(scene.keyframes), note="")
@@ -183,6 +191,9 @@ def _write_labels(
             truths += 1
             if k in drawn:
                 comparison_picture(labels, truth, camera_mask, OCC3D_GRID, keyframe, folder)
+        if k in drawn:
+            picture = scene_picture(scene, fitted, k, found, options.threshold, labels_known)
+            save_png(str(folder / f"{keyframe.token}_field.png"), picture)
         progress.advance(writing)
     return {"against_truth": evaluation.to_dict() if truths else None}
 
@@ -250,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
         default=0.05,
         help="probability above which a voxel is occupied (default 0.05: voxels that a beam met once are not opaque)",
     )
-    parser.add_argument("--pictures", type=int, default=2, metavar="N", help="of keyframes with truth (default 2)")
+    parser.add_argument("--pictures", type=int, default=2, metavar="N", help="number of keyframes to draw (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of drawn and held-out rays (default 0)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     return parser

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
 
+from occflownet_core.deployed_field import DeployedField
 from occflownet_core.errors import EngineError, ExportError
 from occflownet_core.model import DeployedModel, OccFlowNet
 from occflownet_core.runtime.bundle import GRAPH
@@ -28,24 +30,47 @@ def export_graph(model: OccFlowNet) -> onnx.ModelProto:
     Raises:
         ExportError: it needs an operator that a runtime lacks.
     """
-    deployed = DeployedModel(model).eval()
-    inputs = _example_inputs(deployed)
+    deployed = DeployedModel(model)
+    graph = _exported(deployed, _example_inputs(deployed), deployed.inputs, deployed.outputs)
+    require_native_operators(graph)
+    return graph
+
+
+def export_field_graph(model: OccFlowNet) -> onnx.ModelProto:
+    """The graph of queries: reads ``field_features`` at any number of points, each kind of them perhaps none.
+
+    Its shapes are not fixed, so that it is for ONNX Runtime alone.
+    """
+    x, y, z = model.grid.shape
+    inputs = (torch.zeros(1, z, y, x, model.config.field.channels), torch.zeros(3, 3), torch.zeros(2, 3))
+    deployed = DeployedField(model.decoder, model.grid, model.config.grid.voxel_size_m)
+    any_number = {0: torch.export.Dim.DYNAMIC}
+    return _exported(deployed, inputs, deployed.INPUTS, deployed.OUTPUTS, ({}, any_number, any_number))
+
+
+def _exported(
+    module: torch.nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic_shapes: tuple[dict, ...] | None = None,
+) -> onnx.ModelProto:
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            deployed,
+            module.eval(),
             inputs,
             dynamo=True,
             opset_version=OPSET,
-            input_names=list(deployed.inputs),
-            output_names=list(deployed.outputs),
+            input_names=list(input_names),
+            output_names=list(output_names),
+            dynamic_shapes=dynamic_shapes,
             verbose=False,
         )
         path = Path(folder) / GRAPH
         program.save(path, external_data=False)
         graph = onnx.load(path)
     _strip_notes(graph)
-    require_native_operators(graph)
     return graph
 
 

@@ -48,7 +48,8 @@ def check_parity(
         with torch.no_grad():
             results = deployed(torch.from_numpy(images), *tables, motion, threshold, *memory)
         results, memory = results[: -len(memory)], results[-len(memory) :]
-        network = EngineOutput(Prediction(*(result.numpy() for result in results)))
+        named = {name: result.numpy() for name, result in zip(deployed.outputs, results, strict=False)}
+        network = EngineOutput(Prediction.from_outputs(named))
         parities.append(difference(str(frame), network, graph).parity)
     parity = worst(parities)
     if not required.allows(parity):
