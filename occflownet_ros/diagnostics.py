@@ -18,7 +18,7 @@ OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.E
 CAMERA_TIMEOUT_S = 1.0
 POSE_TIMEOUT_S = 1.0
 CLOCKS_DIFFER_S = 1.0
-"""Stamps this far from the anchor camera's are of another clock: no camera is that late."""
+"""Stamps this far, and three periods, from the anchor camera's are of another clock: no camera is that late."""
 _REPEAT_S = 10.0
 _LATENCY_WINDOW = 200
 _TROUBLE = ("undecodable", "late", "duplicate", "out_of_order", "cleared")
@@ -113,7 +113,7 @@ def camera_status(report: CameraReport) -> Status:
         level, message = ERROR, f"no image for {report.silent_s:.1f} s on {report.topic}"
     elif duplicates and duplicates == report.recent.get("received"):
         level, message = ERROR, f"frozen: {duplicates} images of one and the same stamp in the last second"
-    elif abs(report.ahead_s) > CLOCKS_DIFFER_S:
+    elif abs(report.ahead_s) > max(CLOCKS_DIFFER_S, 3 * (report.cadence.period_s or 0.0)):
         side = "ahead of" if report.ahead_s > 0 else "behind"
         level, message = ERROR, f"stamps are {abs(report.ahead_s):.1f} s {side} the anchor camera's; set its clock"
     elif trouble := _camera_trouble(report):

@@ -95,8 +95,7 @@ class Reporter:
         )
 
     def _cameras(self, now_s: float, report: PipelineReport) -> list[diagnostics.CameraReport]:
-        reports, newest_ns = [], [cadence.newest_ns for cadence in report.cadences]
-        anchor_ns = newest_ns[self._pipeline.anchor]
+        reports = []
         for camera, name in enumerate(self._engine.bundle.cameras):
             last_s = report.last_image_s[camera]
             recent: Counter[str] = report.images[camera] - self._last.images[camera]
@@ -109,7 +108,15 @@ class Reporter:
                     report.images[camera],
                     recent,
                     report.cadences[camera],
-                    0.0 if None in (anchor_ns, newest_ns[camera]) else (newest_ns[camera] - anchor_ns) / 1e9,
+                    self._ahead_of_anchor_s(camera, now_s, report),
                 )
             )
         return reports
+
+    def _ahead_of_anchor_s(self, camera: int, now_s: float, report: PipelineReport) -> float:
+        """Of a camera's newest stamp; 0 while the anchor camera is silent, or either has sent nothing."""
+        anchor = self._pipeline.anchor
+        anchor_ns, newest_ns = report.cadences[anchor].newest_ns, report.cadences[camera].newest_ns
+        if anchor_ns is None or newest_ns is None or now_s - report.last_image_s[anchor] > diagnostics.CAMERA_TIMEOUT_S:
+            return 0.0
+        return (newest_ns - anchor_ns) / 1e9

@@ -165,6 +165,8 @@ def test_an_anchor_that_stops_stops_the_output_and_is_named(drive, camera_drive)
     reports = drive.vehicle.diagnostics[begun + 1 :]
     assert drive.stamps_of_output(stamps[2:]) == []
     assert any("no image for" in s.message and s.level == ERROR for s in statuses(reports, f"camera {ANCHOR}"))
+    for name in CAMERAS[1:]:
+        assert ERROR not in {s.level for s in statuses(reports, f"camera {name}")}, "only the anchor is to blame"
     assert any("no set in the last second" in s.message for s in statuses(reports, "engine"))
     assert drive.recovers(40)
 
