@@ -75,6 +75,10 @@ class PoseBuffer:
         """Stamp of the newest pose, None while there is none."""
         return self._stamps_ns[-1] if self._stamps_ns else None
 
+    def reaches(self, stamp_ns: int) -> bool:
+        """Whether there is a pose of this moment or a later one."""
+        return self.newest_ns is not None and self.newest_ns >= stamp_ns
+
     def at(self, stamp_ns: int) -> np.ndarray | None:
         """``odom_from_base`` [4, 4] at a moment, interpolated; None where no pose is near enough.
 

@@ -141,6 +141,7 @@ class Pipeline:
         self._last_image_s: list[float | None] = [None] * len(self._cameras)
         self._stamps = [CameraStamps() for _ in self._cameras]
         self._last_pose_s: float | None = None
+        self._waited_in_vain_after: int | None = None
         self._sets: Counter[str] = Counter()
         self._is_stopping = False
         self._busy_until_s = 0.0
@@ -333,12 +334,11 @@ class Pipeline:
     def _motion_to(self, stamp_ns: int) -> np.ndarray | None:
         """``previous_from_current`` at the stamp, after a short wait for odometry that is about to reach it."""
         with self._changed:
-            newest_ns = self._poses.newest_ns
-            # Odometry that never came, or has stopped, is not worth waiting for.
-            if newest_ns is not None and stamp_ns - newest_ns <= self._settings.odom_max_gap_ms * 1e6:
-                self._changed.wait_for(
-                    lambda: self._is_stopping or self._poses.newest_ns >= stamp_ns, self._settings.odom_wait_ms / 1e3
-                )
+            # Odometry that does not come, or has stopped, is waited for once and not again until some comes.
+            if self._settings.follows != "none" and self._poses.counters["received"] != self._waited_in_vain_after:
+                wait_s = self._settings.odom_wait_ms / 1e3
+                if not self._changed.wait_for(lambda: self._is_stopping or self._poses.reaches(stamp_ns), wait_s):
+                    self._waited_in_vain_after = self._poses.counters["received"]
             return self._ego_motion.step(stamp_ns, *self._poses.look_up(stamp_ns))
 
     # Decoding threads

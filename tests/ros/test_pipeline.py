@@ -298,6 +298,38 @@ def test_a_set_waits_a_little_for_odometry(make):
     assert it.outputs.latencies[0]["wait"] > 40
 
 
+def test_the_first_set_waits_for_the_first_poses_and_one_after_a_long_gap_too(make):
+    """Keyframes one by one: each set's images may come before its pose, and the last pose is seconds old."""
+    it = make(odom_wait_ms=1000.0)
+    it.pipeline.set_rig(rig())
+    for k, stamp_ms in enumerate((1000, 2500)):
+        it.sweep(stamp_ms)
+        time.sleep(0.05)
+        assert len(it.engine.calls) == k
+        it.pipeline.add_pose(stamp_ms * MS, np.full(3, k), np.array([1.0, 0, 0, 0]))
+        it.until(lambda frames=k + 1: len(it.outputs.frames) == frames, 0.9)
+    assert it.engine.calls[0][1] is None and it.engine.calls[1][1][:3, 3].tolist() == [1, 1, 1]
+    assert it.pipeline.report().resets == {"first_set": 1}
+
+
+def test_odometry_that_does_not_come_is_waited_for_once(make):
+    it = make(odom_wait_ms=500.0)
+    it.pipeline.set_rig(rig())
+    for k, stamp_ms in enumerate((100, 200, 300)):
+        it.sweep(stamp_ms)
+        it.until(lambda frames=k + 1: len(it.outputs.frames) == frames)
+    assert [latency["wait"] > 450 for latency in it.outputs.latencies] == [True, False, False]
+    it.pipeline.add_pose(250 * MS, np.zeros(3), np.array([1.0, 0, 0, 0]))
+    it.sweep(400)
+    it.until(lambda: len(it.outputs.frames) == 4)
+    assert it.outputs.latencies[3]["wait"] > 450
+    no_source = make(odom_wait_ms=500.0, ego_motion="none")
+    no_source.pipeline.set_rig(rig())
+    no_source.sweep(100)
+    no_source.until(lambda: no_source.outputs.frames)
+    assert no_source.outputs.latencies[0]["wait"] < 450
+
+
 def test_thresholds_and_policies_change_while_running(make):
     it = make()
     assert it.engine.occupancy_threshold == 0.4  # the bundle's
