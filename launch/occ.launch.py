@@ -42,7 +42,7 @@ _ARGUMENTS = (
     ("use_sim_time", "false", "true: time from /clock, as when a bag plays."),
     ("namespace", "", "Namespace of the node."),
     ("log_level", "info", "debug, info, warn, error."),
-    ("rviz", "false", "true: RViz with cameras, voxels, cloud and tf."),
+    ("rviz", "false", "true: RViz with cameras, voxels, depth images and tf."),
     (
         "fastdds_profile",
         fastdds_profile(),

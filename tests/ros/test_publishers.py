@@ -79,20 +79,34 @@ def graph(monkeypatch):
     rclpy.shutdown(context=context)
 
 
-def test_nothing_is_built_that_nobody_hears(graph, monkeypatch):
+@pytest.mark.parametrize("name", [*KINDS, "depth"])
+def test_nothing_is_built_that_nobody_hears(graph, monkeypatch, name):
     _, listener, outputs, spin_until = graph
-    built = []
-    for output in outputs._outputs:
-        build = output.build
-        monkeypatch.setattr(output, "build", lambda f, b=build, n=output.name: (built.append(n), b(f))[1])
+    outputs.set_cameras(rig(), CAMERAS)
+    built = built_by(outputs, monkeypatch)
     outputs.publish(frame_with(4))
     assert built == []
+    publisher = outputs._depth._images[1] if name == "depth" else {o.name: o.publisher for o in outputs._outputs}[name]
+    topic = "depth/RIGHT_2/image" if name == "depth" else name
     heard = []
-    listener.create_subscription(MarkerArray, "/talker/voxels", heard.append, 10)
-    spin_until(lambda: outputs._outputs[-1].publisher.get_subscription_count() == 1)
+    subscription = listener.create_subscription(KINDS.get(name, Image), f"/talker/{topic}", heard.append, 10)
+    spin_until(lambda: publisher.get_subscription_count() == 1)
+    spin_until(lambda: outputs.publish(frame_with(4)) or heard)
+    assert set(built) == {name}
+    listener.destroy_subscription(subscription)
+    spin_until(lambda: publisher.get_subscription_count() == 0)
+    built.clear()
     outputs.publish(frame_with(4))
-    spin_until(lambda: heard)
-    assert built == ["voxels"]
+    assert built == []
+
+
+def test_latency_that_nobody_hears_is_not_published(graph, monkeypatch):
+    _, _, outputs, _ = graph
+    published = []
+    for stage, publisher in outputs._latency.items():
+        monkeypatch.setattr(publisher, "publish", lambda message, s=stage: published.append(s))
+    outputs.publish_latency(dict.fromkeys(STAGES, 1.0))
+    assert published == []
 
 
 def test_markers_are_deleted_when_and_only_when_a_class_vanishes(graph):
