@@ -227,12 +227,12 @@ def create_engine(
         _log.info("engine: %s (%s)", backend, reason)
     if precision == HALF and backend in ("onnxruntime-cpu", "torch"):
         _log.warning("engine: fp16 is slower than fp32 on a CPU; it is of use there to see what a GPU would lose")
-    _require_installed(backend)
     engine_cache = engine_cache or engine_cache_folder()
     if backend == "tensorrt":
         from occflownet_core.runtime.tensorrt_engine import TensorRTEngine
 
         return TensorRTEngine(bundle, precision, engine_cache)
+    _require_installed(backend)
     if backend == "torch":
         from occflownet_core.runtime.torch_engine import TorchEngine
 

@@ -54,7 +54,9 @@ def to_half(graph: ModelProto, keep_single: Collection[str] = ()) -> ModelProto:
     for value in model.graph.input:
         if wanted_half[value.name]:
             result.graph.node.append(_cast(value.name, value.name + _HALF_SUFFIX, TensorProto.FLOAT16))
-    made_half = {name for node in model.graph.node if node.output[0] not in single for name in node.output if name in floats}
+    made_half = {
+        name for node in model.graph.node if node.output[0] not in single for name in node.output if name in floats
+    }
     outputs = {value.name for value in model.graph.output}
     for node in model.graph.node:
         is_half = node.output[0] not in single
