@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from occflownet_core.errors import ExportError
 from occflownet_core.field import FieldDecoder, occupancy_probability
 from occflownet_core.grid import VoxelGrid
 
@@ -25,9 +24,6 @@ class DeployedField(nn.Module):
         decoder: of the field.
         grid: of its features.
         length_m: what the probability is of (see ``OccupancyField.query``).
-
-    Raises:
-        ExportError: the grid is flat along an axis, where there is nothing to interpolate between.
     """
 
     INPUTS = ("features", "points_m", "detailed_points_m")
@@ -35,8 +31,6 @@ class DeployedField(nn.Module):
 
     def __init__(self, decoder: FieldDecoder, grid: VoxelGrid, length_m: float) -> None:
         super().__init__()
-        if min(grid.shape) < 2:
-            raise ExportError(f"a field of {grid.shape} working cells cannot be queried; give each axis two or more")
         self.decoder, self.grid, self.length_m = decoder, grid, length_m
 
     def forward(self, features: Tensor, points_m: Tensor, detailed_points_m: Tensor) -> tuple[Tensor, ...]:
@@ -76,19 +70,18 @@ class DeployedField(nn.Module):
         cells = torch.tensor(self.grid.shape, dtype=torch.float32)
         index = (points_m - torch.tensor(self.grid.lower_m)) / self.grid.voxel_size_m - 0.5
         bounded = index.clamp(min=0.0).minimum(cells - 1)
-        base = bounded.floor().minimum(cells - 2)
+        base = bounded.floor().minimum(cells - 2).clamp(min=0.0)
         upper = bounded - base  # [N, 3]
         # Beyond the outermost centres the field is flat.
         rise = ((index > 0) & (index < cells - 1)).float() / self.grid.voxel_size_m
         share = torch.stack([1 - upper, upper], dim=-1)  # [N, 3, 2]
         slope = torch.stack([-rise, rise], dim=-1)
         slopes = [self._product(*(slope[:, a] if a == axis else share[:, a] for a in range(3))) for axis in (0, 1, 2)]
-        x, y, _ = self.grid.shape
-        corner = base.int()
-        row = (corner[:, 2] * y + corner[:, 1]) * x + corner[:, 0]
-        offsets = torch.tensor([(k * y + j) * x + i for k in (0, 1) for j in (0, 1) for i in (0, 1)], dtype=torch.int32)
+        corner = torch.stack([base, (base + 1).minimum(cells - 1)], dim=-1).int()  # [N, 3, 2]
+        columns, rows, _ = self.grid.shape
+        row = (corner[:, 2, :, None, None] * rows + corner[:, 1, None, :, None]) * columns + corner[:, 0, None, None, :]
         weight = self._product(share[:, 0], share[:, 1], share[:, 2])
-        return row[:, None] + offsets, (weight, torch.stack(slopes, dim=1))
+        return row.flatten(1), (weight, torch.stack(slopes, dim=1))
 
     @staticmethod
     def _product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:

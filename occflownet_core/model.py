@@ -34,6 +34,10 @@ from occflownet_core.field import FieldConfig, FieldDecoder, OccupancyField, occ
 from occflownet_core.grid import OCC3D_GRID, VoxelGrid
 from occflownet_core.labels import FREE, OCCUPIED_CLASSES
 from occflownet_core.lift_tables import CAMERA_INPUTS, GATHER_INPUTS, SPLAT_INPUTS, LiftSpec
+from occflownet_core.runtime.bundle import FIELD_FEATURES
+
+VIEW_INPUTS = ("stereo_features", "stereo_image_from_ego")
+"""Names of a ``StereoView``'s parts in a graph."""
 
 NUSCENES_CAMERAS = (
     "CAM_FRONT_LEFT",
@@ -330,31 +334,31 @@ class DeployedModel(nn.Module):
         self.model = model
         self.recurrent = {"state": "next_state"}
         if model.stereo is not None:
-            self.recurrent |= {"view": "next_view", "view_image_from_ego": "next_view_image_from_ego"}
+            self.recurrent |= {name: f"next_{name}" for name in VIEW_INPUTS}
         tables = model.lift_spec.inputs
         self.inputs = ("images", *tables, "previous_from_current", "occupancy_threshold", *self.recurrent)
         velocity = ("velocity",) if model.config.field.velocity else ()
-        self.outputs = ("labels", "occupancy_probability", *velocity, *self.recurrent.values())
+        self.outputs = ("labels", "occupancy_probability", *velocity, FIELD_FEATURES, *self.recurrent.values())
 
     def empty_memory(self) -> tuple[Tensor, ...]:
         """Zeros for the arguments that are memory, in order."""
         return (self.model.empty_state(), *(self.model.empty_view() or ()))
 
     def forward(self, images: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        """Labels, probability, velocity where the model has one, and memory.
+        """Labels, probability, velocity where the model has one, the field's features, and memory.
 
         Args:
             images: uint8 [N, H, W, 3].
             others: by ``inputs``: a rig's ``LiftTables.arrays`` or ``SplatTables.arrays``; previous_from_current
-                [4, 4]; occupancy_threshold, a scalar; state [1, C * Z, Y, X]; with stereo view [1, N, C, h, w] and
-                view_image_from_ego [1, N, 4, 4].
+                [4, 4]; occupancy_threshold, a scalar; state [1, C * Z, Y, X]; with stereo the previous view,
+                [1, N, C, h, w] and [1, N, 4, 4].
 
         Returns:
-            labels uint8 [X, Y, Z], probability of being occupied [X, Y, Z], velocity [X, Y, Z, 3] in m/s, and the
-            memory for the next run.
+            labels uint8 [X, Y, Z], probability of being occupied [X, Y, Z], velocity [X, Y, Z, 3] in m/s, features
+            [1, Z, Y, X, C] for queries, and the memory for the next run.
         """
         given = dict(zip(self.inputs[1:], others, strict=True))
-        view = StereoView(given["view"], given["view_image_from_ego"]) if "view" in given else None
+        view = StereoView(*(given[name] for name in VIEW_INPUTS)) if self.model.stereo is not None else None
         # TensorRT has uint8 at a graph's boundary only: cast first on the way in, last on the way out.
         output = self.model(
             images.float()[None],
@@ -370,7 +374,7 @@ class DeployedModel(nn.Module):
         results = [label.permute(2, 1, 0).to(torch.uint8), probability.permute(2, 1, 0)]
         if self.model.config.field.velocity:
             results.append(output.field.velocity_lattice(grid)[0].permute(3, 2, 1, 0))
-        return *results, output.seen.volume, *(output.seen.view or ())
+        return *results, output.field.features.movedim(1, -1), output.seen.volume, *(output.seen.view or ())
 
 
 def _running_tables(spec: LiftSpec, given: dict[str, Tensor]) -> LiftTensors | SortedSplat:

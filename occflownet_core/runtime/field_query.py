@@ -64,7 +64,9 @@ class FrameField:
     def _checked(self, points_m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         points_m = np.asarray(points_m, dtype=np.float32)
         require_points(points_m)
-        return points_m, self.grid.contains(points_m)
+        # In the points' own precision, or those on the lower faces would be outside or not as its rounding goes.
+        lower_m, upper_m = np.float32(self.grid.lower_m), np.float32(self.grid.upper_m)
+        return points_m, ((points_m >= lower_m) & (points_m < upper_m)).all(axis=1)
 
 
 class FieldQuery:

@@ -53,7 +53,8 @@ class TorchEngine(Engine):
         self._memory = self._deployed.empty_memory()
 
     def memory(self) -> dict[str, np.ndarray]:
-        return {self._deployed.outputs[-1]: self._state.cpu().numpy()}
+        names = self._deployed.recurrent.values()
+        return {name: value.cpu().numpy() for name, value in zip(names, self._memory, strict=True)}
 
     def _load_tables(self, tables: LiftTables) -> None:
         self._table_tensors = [torch.from_numpy(array).to(self._device) for array in tables.arrays().values()]
@@ -69,4 +70,5 @@ class TorchEngine(Engine):
                 *self._memory,
             )
         self._memory = results[-len(self._memory) :]
-        return Prediction(*(result.cpu().numpy() for result in results[: -len(self._memory)]))
+        named = dict(zip(self._deployed.outputs, results, strict=True))
+        return Prediction.from_outputs({name: named[name].cpu().numpy() for name in self.delivered})

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from occflownet_core.deployed_field import DeployedField
-from occflownet_core.errors import ExportError, GeometryError
+from occflownet_core.errors import GeometryError
 from occflownet_core.field import FieldConfig, FieldDecoder, OccupancyField, TorchField, occupancy_probability
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.query import batches, require_points
@@ -155,6 +155,16 @@ def test_what_is_exported_is_the_field_with_its_gradient(activation, layers):
     assert expected.gradient_per_m.abs().max() > 0.05
 
 
-def test_a_flat_field_cannot_be_exported():
-    with pytest.raises(ExportError, match=r"\(4, 4, 1\) working cells cannot be queried"):
-        DeployedField(make_field().decoder, VoxelGrid((0, 0, 0), (4, 4, 1), 1.0), LENGTH_M)
+def test_a_field_of_one_layer_does_not_change_with_height():
+    grid = VoxelGrid((0, 0, 0), (4, 4, 1), 1.0)
+    torch.manual_seed(3)
+    field = OccupancyField(torch.randn(1, 4, 1, 4, 4), grid, make_field(torch.float32).decoder)
+    points = torch.rand(50, 3) * torch.tensor([4, 4, 1])
+    with torch.no_grad():
+        _, probability, _, gradient_per_m = DeployedField(field.decoder, grid, LENGTH_M)(
+            field.features.movedim(1, -1), points[:0], points
+        )
+    expected = field.query(points, LENGTH_M, gradient=True)
+    torch.testing.assert_close(probability, expected.probability, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient_per_m, expected.gradient_per_m, atol=1e-4, rtol=1e-4)
+    assert (gradient_per_m[:, 2] == 0).all()

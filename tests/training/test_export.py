@@ -183,6 +183,7 @@ def test_the_graphs_boundary(bundle):
     assert signature(graph.output) == {
         "labels": ("u8", 200, 200, 16),
         "occupancy_probability": ("f32", 200, 200, 16),
+        "field_features": ("f32", 1, 8, 100, 100, 32),
         "next_state": ("f32", 1, 128, 100, 100),
     }
     # TensorRT has uint8 at the boundary only: it comes in by a cast and goes out by one.
@@ -207,7 +208,8 @@ def test_another_networks_graph_is_refused(bundle):
 def test_weights_of_another_network_are_refused(bundle, tmp_path):
     other = dataclasses.replace(bundle, directory=tmp_path)
     weights = safetensors.torch.save({"weight": torch.zeros(1)})
-    write_bundle(other, {"model.onnx": bundle.graph_path.read_bytes(), "weights.safetensors": weights})
+    graphs = {path.name: path.read_bytes() for path in (bundle.graph_path, bundle.field_graph_path)}
+    write_bundle(other, {**graphs, "weights.safetensors": weights})
     with pytest.raises(EngineError, match=r"weights\.safetensors is not of the bundle's network"):
         create_engine(load_bundle(tmp_path), "torch")
 
