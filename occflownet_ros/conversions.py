@@ -26,7 +26,6 @@ from occflownet_ros.camera_model import CameraModel
 from occflownet_ros.image_encodings import bgr_image, raw_pixels
 
 SMALLER_FIRST = {"rgb8": None, "bgr8": cv2.COLOR_BGR2RGB, "mono8": cv2.COLOR_GRAY2RGB}
-_BLOCKING = np.array([c.blocks_vehicle for c in CLASSES])
 _CLOUD_FIELDS = ("x", "y", "z", "rgb", "probability")
 _VELOCITY_FIELDS = ("vx", "vy", "vz")
 _PACKED_RGB = COLORS_RGB.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
@@ -281,13 +280,19 @@ def labels_from_message(message: UInt8MultiArray) -> OccupancyFrame:
     return OccupancyFrame(stamp_ns, frame_id, VoxelGrid(lower_m, upper_m, size_m), labels)
 
 
-def costmap_message(frame: OccupancyFrame, min_height_m: float, max_height_m: float) -> OccupancyGrid:
+BLOCKING_CLASSES: tuple[str, ...] = tuple(c.name for c in CLASSES if c.blocks_vehicle)
+"""Classes that block a vehicle wherever they stand in its height band, unless told otherwise."""
+
+
+def costmap_message(
+    frame: OccupancyFrame, min_height_m: float, max_height_m: float, blocking: Sequence[str] = BLOCKING_CLASSES
+) -> OccupancyGrid:
     """What blocks a vehicle: 100 where a blocking class has a voxel in the height band, 0 where anything else was seen
     (ground, or something above the band), -1 where the whole column is empty."""
     grid = frame.grid
     heights_m = grid.axis_centres_m(2)
     band = (heights_m >= min_height_m) & (heights_m <= max_height_m)
-    blocked = _BLOCKING[frame.labels[:, :, band]].any(axis=2)
+    blocked = np.isin(CLASS_NAMES, blocking)[frame.labels[:, :, band]].any(axis=2)
     seen = (frame.labels != FREE).any(axis=2)
     cells = np.where(blocked, BLOCKED, np.where(seen, PASSABLE, UNKNOWN)).astype(np.int8)  # [X, Y]
     message = OccupancyGrid(header=header_message(frame))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every parameter of the node, in one table: name, type, default, limits, unit and a sentence. Pure Python."""
+"""Every parameter of the node, in one table: name, type, default, limits, unit and a sentence. No ROS."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from occflownet_core.errors import OccflownetError
+from occflownet_core.runtime.engine import BACKENDS, PRECISIONS
+from occflownet_core.labels import CLASS_NAMES, FREE
 
 _WORD = r"[A-Za-z_]\w*"
 _TOPIC = re.compile(rf"(~/|/)?{_WORD}(/{_WORD})*", re.ASCII)
@@ -45,8 +48,19 @@ class Settings:
     bundle: str = _parameter("", "Folder of the model bundle; required.")
     backend: str = _parameter(
         "auto",
-        "Inference engine; auto takes the fastest installed.",
-        choices=("auto", "onnxruntime", "tensorrt", "torch"),
+        "Inference engine; auto takes the fastest installed (onnxruntime without a provider: its fastest but TensorRT).",
+        choices=BACKENDS,
+    )
+    precision: str = _parameter(
+        "fp32",
+        "Precision that the engine computes in; fp16 is for GPUs: compare first what the model loses.",
+        choices=PRECISIONS,
+    )
+    engine_cache: str = _parameter(
+        "", "Folder of engines that TensorRT built for this machine; empty means ~/.cache/occflownet/engines."
+    )
+    build_only: bool = _parameter(
+        False, "Configuring only builds the TensorRT engine (minutes), says where it is and ends the node."
     )
     threads: int = _parameter(0, "Threads of the inference engine; 0 lets it choose.", low=0, high=256)
     base_frame: str = _parameter("base_link", "Ego frame: extrinsics are relative to it, outputs are expressed in it.")
@@ -174,6 +188,13 @@ class Settings:
     costmap_max_height_m: float = _parameter(
         2.2, "Voxels whose centre is higher do not block.", unit="m", low=-100.0, high=100.0, live=True
     )
+    costmap_blocking_classes: tuple[str, ...] = _parameter(
+        (),
+        "Classes that block the cost map inside the band; empty means all but driveable_surface, other_flat, sidewalk and "
+        "terrain.",
+        choices=CLASS_NAMES[:FREE],
+        live=True,
+    )
     voxel_alpha: float = _parameter(0.9, "Opacity of the voxel markers.", low=0.0, high=1.0, live=True)
     voxel_coloring: str = _parameter(
         "class",
@@ -214,11 +235,20 @@ class Settings:
         return settings
 
     @property
+    def engine_folder(self) -> Path | None:
+        """Where engines lie; None for the usual place."""
+        return Path(self.engine_cache).expanduser() if self.engine_cache else None
+
+    @property
     def follows(self) -> str:
         """What ego motion comes from in the end: odometry, tf or none."""
         return "none" if self.ego_motion == "odometry" and not self.odom_topic else self.ego_motion
 
     def _check_together(self) -> None:
+        if self.build_only and self.backend not in ("auto", "tensorrt"):
+            raise ParameterError(
+                f"build_only builds an engine of the backend tensorrt, and backend is {self.backend}; set it to tensorrt"
+            )
         if self.costmap_min_height_m >= self.costmap_max_height_m:
             raise ParameterError(
                 f"costmap_min_height_m is {self.costmap_min_height_m:g} and costmap_max_height_m "
@@ -310,6 +340,8 @@ def _checked(row, value: object) -> object:
         entries = _checked_strings(row.name, value)
         for entry in entries:
             _check_topic(row, entry)
+            if choices and entry not in choices:
+                raise ParameterError(f"{row.name} has '{entry}'; choose from {', '.join(choices)}")
         return entries
     if isinstance(default, str):
         if not isinstance(value, str):

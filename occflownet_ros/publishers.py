@@ -21,7 +21,7 @@ from occflownet_ros.depth_images import DepthImages
 from occflownet_ros.parameters import Settings
 
 STAGES = ("receive", "busy", "decode", "wait", "engine", "publish", "total")
-"""Stages of ~/latency: decode + wait + engine + publish = total, from the set's last image to the last publication;
+"""Stages of ~/latency: busy + decode + wait + engine + publish = total, from the set's last image to the last publication;
 receive runs before them, from the set's first image to its last."""
 
 _QUEUE = QoSProfile(depth=2)
@@ -126,8 +126,10 @@ class Outputs:
         return _Output(name, self._node.create_lifecycle_publisher(kind, f"~/{name}", qos), build, RateLimit())
 
     def _costmap(self, frame: OccupancyFrame) -> OccupancyGrid:
+        settings = self.settings
+        blocking = settings.costmap_blocking_classes or conversions.BLOCKING_CLASSES
         return conversions.costmap_message(
-            frame, self.settings.costmap_min_height_m, self.settings.costmap_max_height_m
+            frame, settings.costmap_min_height_m, settings.costmap_max_height_m, blocking
         )
 
     def _markers(self, frame: OccupancyFrame) -> bytes:

@@ -204,6 +204,8 @@ def test_costmap_knows_blocked_passable_and_unknown():
     assert message.data[:8].tolist() == [0, 0, 100, 0, -1, -1, -1, 0]  # row y = 0, then y = 1; along x
     assert set(message.data[8:]) == {-1}
     assert message.header.frame_id == "base_link"
+    message = conversions.costmap_message(frame_of(labels), 0.5, 1.0, ["driveable_surface"])
+    assert message.data[:8].tolist() == [0, 0, 0, 0, -1, -1, -1, 100]  # a rover that must keep off the road
 
 
 def test_raw_images_lose_their_padding_and_become_rgb():

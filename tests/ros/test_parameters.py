@@ -42,6 +42,10 @@ def test_values_are_taken_over():
         ({"camera_namespaces": "/a"}, "camera_namespaces is '/a'; give a list of strings"),
         ({"camera_namespaces": 7}, "camera_namespaces is 7; give a list of strings"),
         ({"camera_namespaces": [1]}, "give a list of strings"),
+        (
+            {"costmap_blocking_classes": ["car", "dog"]},
+            "costmap_blocking_classes has 'dog'; choose from others, barrier",
+        ),
         ({"costmap_min_height_m": 3.0}, "costmap_min_height_m is 3 and costmap_max_height_m 2.2"),
         ({"intrinsics_source": "calibration_file"}, "calibration_file is empty; name a file"),
     ],

@@ -333,6 +333,7 @@ def test_parameters_of_the_looks_take_effect_at_once(graph):
         ({"voxel_coloring": "height"}, "voxels", lambda m: len(m.markers[-1].colors), 0, 1),
         ({"costmap_min_height_m": 0.6}, "costmap", lambda m: m.data[0], 100, 0),
         ({"costmap_max_height_m": 0.4}, "costmap", lambda m: m.data[0], 100, 0),
+        ({"costmap_blocking_classes": ["bus", "truck"]}, "costmap", lambda m: m.data[0], 100, 0),
         ({"depth_width_px": 16}, "depth", lambda m: (m.width, m.height), (32, 16), (16, 8)),
     ]
     for change, name, read, before, after in cases:
