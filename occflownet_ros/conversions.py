@@ -11,11 +11,12 @@ import cv2
 import numpy as np
 from builtin_interfaces.msg import Time
 from nav_msgs.msg import OccupancyGrid, Odometry
+from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2, PointField
 from std_msgs.msg import Header, MultiArrayDimension, UInt8MultiArray
 
 from occflownet_core.camera import Camera
-from occflownet_core.errors import ImageError
+from occflownet_core.errors import CalibrationError, ImageError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import CLASS_NAMES, CLASSES, COLORS_RGB, FREE
 from occflownet_core.occupancy_frame import OccupancyFrame, surface_voxels
@@ -95,6 +96,20 @@ def _reduced(message: CompressedImage | Image, transform: ImageTransform) -> np.
     if factor == 1:
         return image
     return cv2.resize(image, tuple(-(-length // factor) for length in size_px), interpolation=cv2.INTER_AREA)
+
+
+def camera_info_message(serialised: bytes, topic: str) -> CameraInfo:
+    """A camera_info that was received as bytes.
+
+    Raises:
+        CalibrationError: they are none.
+    """
+    try:
+        return deserialize_message(serialised, CameraInfo)
+    except Exception:  # rclpy does not export the type of what its middleware raises
+        raise CalibrationError(
+            f"{len(serialised)} bytes on {topic} are no sensor_msgs/CameraInfo; check what publishes there"
+        ) from None
 
 
 def intrinsics_from_info(message: CameraInfo, rectify: bool = False) -> Intrinsics:

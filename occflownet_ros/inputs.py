@@ -9,7 +9,6 @@ from functools import partial
 from nav_msgs.msg import Odometry
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
-from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from occflownet_core.camera import Camera
@@ -158,7 +157,7 @@ class Inputs:
             return
         self._info_content[camera] = content
         try:
-            message = deserialize_message(serialised, CameraInfo)
+            message = conversions.camera_info_message(serialised, self._info_topics[camera])
             intrinsics = conversions.intrinsics_from_info(message, self._settings.rectify)
             changed = self.calibration.set_intrinsics(camera, intrinsics)
         except CalibrationError as error:

@@ -181,8 +181,9 @@ class Vehicle:
         self._images[camera].publish(message)
 
     def send_bytes(self, camera: int, serialised: bytes) -> None:
-        """On a camera's image topic, whatever they are."""
+        """On a camera's topics, whatever they are."""
         self._images[camera].publish(serialised)
+        self._infos[camera].publish(serialised)
 
     def send_images(self, stamp_ns: int, data: bytes, but: dict[int, bytes] | None = None) -> None:
         """One sweep: every camera a few milliseconds after the one before; ``but`` replaces some cameras' data."""

@@ -18,12 +18,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from nav_msgs.msg import Odometry
-from rclpy.serialization import deserialize_message, serialize_message
+from rclpy.serialization import serialize_message
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from occflownet_core import poses
 from occflownet_core.camera import Camera, CameraRig
-from occflownet_core.errors import BagError, GeometryError, ImageError, OccflownetError
+from occflownet_core.errors import BagError, CalibrationError, GeometryError, ImageError, OccflownetError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.lift_tables import DepthBins, LiftSpec, build_lift_tables
 from occflownet_core.preprocess import ImageTransform
@@ -333,9 +333,6 @@ def test_whole_messages_are_read(kind):
 
 
 @given(damaged(bytes(serialize_message(CameraInfo(width=5, height=4, d=[0.0] * 5)))))
-def test_rclpy_itself_refuses_damaged_bytes(data):
-    """The node decodes camera_info itself; what rclpy raises there is an RMWError, for which it has a sentence."""
-    try:
-        deserialize_message(data, CameraInfo)
-    except Exception as error:
-        assert type(error).__name__ == "RMWError"
+def test_camera_info_that_arrives_as_bytes(data):
+    with contextlib.suppress(CalibrationError):
+        assert isinstance(conversions.camera_info_message(data, "/c/camera_info"), CameraInfo)
