@@ -24,8 +24,9 @@ from occflownet_core.camera import Camera
 from occflownet_core.errors import OccflownetError
 from occflownet_core.rig_file import load_rig
 from occflownet_core.runtime.bundle import Bundle, load_bundle
-from occflownet_core.runtime.engine import Engine, create_engine, warm_up
+from occflownet_core.runtime.engine import Engine, create_engine, engine_cache_folder, warm_up
 from occflownet_ros.calibration_source import anchor_index, cameras_of_file
+from occflownet_ros.core_log import core_messages
 from occflownet_ros.diagnostics import Complaints
 from occflownet_ros.inputs import Inputs, camera_namespaces, needs_tf
 from occflownet_ros.node_parameters import NodeParameters
@@ -40,6 +41,8 @@ _SUCCESS, _FAILURE, _ERROR = (
     TransitionCallbackReturn.FAILURE,
     TransitionCallbackReturn.ERROR,
 )
+
+_ANSWERED_S = 0.5
 
 
 def _transition(step: Callable) -> Callable:
@@ -93,8 +96,13 @@ class OccflownetNode(LifecycleNode):
         anchor_index(self._bundle.cameras, settings.anchor_camera)
         self._file_cameras = self._load_calibration_file()
         _require_tf(settings)
-        self._engine = create_engine(self._bundle, settings.backend, settings.threads or None)
-        warm_up(self._engine)
+        if settings.build_only:
+            return self._build_and_end(settings)
+        with core_messages(self.get_logger()):
+            self._engine = create_engine(
+                self._bundle, settings.backend, settings.threads or None, settings.precision, settings.engine_folder
+            )
+            warm_up(self._engine)
         self._outputs = Outputs(self, settings, self._bundle.cameras)
         self._diagnostics = self.create_lifecycle_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
         self.get_logger().info(
@@ -144,6 +152,8 @@ class OccflownetNode(LifecycleNode):
             self._outputs.close()
         if self._diagnostics is not None:
             self.destroy_lifecycle_publisher(self._diagnostics)
+        if self._engine is not None:
+            self._engine.close()
         self._outputs = self._diagnostics = self._engine = self._bundle = None
         self._parameters_in_force.release()
 
@@ -171,6 +181,20 @@ class OccflownetNode(LifecycleNode):
         self._reporter = self._inputs = self._pipeline = None
 
     # Details
+
+    def _build_and_end(self, settings: Settings) -> TransitionCallbackReturn:
+        """Build the engine file, and end the process once the transition has been answered."""
+        from occflownet_core.runtime.tensorrt_build import prepare_engine
+
+        with core_messages(self.get_logger()):
+            path, built_s = prepare_engine(
+                self._bundle, settings.precision, settings.engine_folder or engine_cache_folder()
+            )
+        how = "was there already" if built_s is None else f"was built in {built_s:.0f} s"
+        self.get_logger().info(f"engine {path} {how}; build_only is true, so the node ends")
+        self.release()
+        self.create_timer(_ANSWERED_S, lambda: rclpy.try_shutdown(context=self.context))
+        return _FAILURE
 
     def _apply(self, settings: Settings) -> None:
         """Parameters that may change while running did."""

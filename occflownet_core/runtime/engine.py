@@ -166,6 +166,10 @@ class Engine(ABC):
         """
         return {}
 
+    def close(self) -> None:
+        """Give back what the engine holds beyond its own memory; nothing may be asked of it afterwards."""
+        return
+
     @abstractmethod
     def _load_tables(self, tables: LiftTables) -> None:
         """Take over calibration tables for the runs to come."""
