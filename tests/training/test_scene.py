@@ -164,7 +164,7 @@ def test_the_command_writes_labels_for_every_keyframe_and_a_report(tiny_root, ca
     report = json.loads((folder / "fit.json").read_text())
     assert report["labels"] == "lidarseg" and report["keyframes"] == 2 and report["moving_objects"] >= 1
     assert report["ranges"]["rays"] > 100 and report["against_truth"]["samples"] == 2
-    assert len(list(folder.glob("*.png"))) == 1
+    assert len(list(folder.glob("*_field.png"))) == 1 and len(list(folder.glob("*.png"))) == 2
     assert "labels against ground truth" in capsys.readouterr().out
 
 
