@@ -133,6 +133,8 @@ def compare(arguments: argparse.Namespace) -> bool:
     names = engine_names(arguments.engines)
     tolerance = _tolerance(arguments, names)
     engines = {name: _engine(bundle, name, arguments) for name in names}
+    for engine in engines.values():
+        engine.keep_field = bool(bundle.field_channels)  # compared like every other output
     frames = _frames(arguments, bundle)
     records: dict[str, EngineRecord] = {}
     for so_far in track(compare_engines(engines, frames), "frames", console=console, transient=True):

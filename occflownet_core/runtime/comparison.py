@@ -12,6 +12,7 @@ import numpy as np
 from occflownet_core.camera import CameraRig
 from occflownet_core.evaluation import OccupancyEvaluation
 from occflownet_core.labels import FREE
+from occflownet_core.runtime.bundle import FIELD_FEATURES
 from occflownet_core.runtime.engine import HALF, Engine, Prediction
 
 LARGEST_HALF = 65504.0
@@ -87,7 +88,8 @@ class FrameDifference:
         frame: its name.
         label_agreement: share of all voxels with the same label.
         occupied_agreement: the same among voxels that either of them calls occupied; 1 where there are none.
-        largest, mean: absolute difference by output (``occupancy_probability``, ``velocity``, memory by its own name).
+        largest, mean: absolute difference by output (``occupancy_probability``, ``velocity``, ``field_features`` where they
+            are kept, and memory by its own name).
     """
 
     frame: str
@@ -98,7 +100,7 @@ class FrameDifference:
 
     @property
     def parity(self) -> Parity:
-        """What tolerances are about: labels, probability and velocity, not the memory, whose scale is its own."""
+        """What tolerances are about: labels, probability and velocity, not features and memory, whose scale is their own."""
         errors = [self.largest[name] for name in ("occupancy_probability", "velocity") if name in self.largest]
         return Parity(self.label_agreement, float(np.max(errors, initial=0.0)))
 
@@ -235,7 +237,12 @@ def _note(record: EngineRecord, frame: EngineInput, output: EngineOutput) -> Non
 def _arrays(output: EngineOutput) -> dict[str, np.ndarray]:
     """Everything but the labels, by name."""
     prediction = output.prediction
-    arrays = {"occupancy_probability": prediction.probability, "velocity": prediction.velocity_mps, **output.memory}
+    arrays = {
+        "occupancy_probability": prediction.probability,
+        "velocity": prediction.velocity_mps,
+        FIELD_FEATURES: prediction.field_features,
+        **output.memory,
+    }
     return {name: array for name, array in arrays.items() if array is not None}
 
 

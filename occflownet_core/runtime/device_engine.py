@@ -103,11 +103,12 @@ class DeviceEngine(Engine):
         self._device, self._program = device, program
         self._tensors = {tensor.name: tensor for tensor in program.tensors}
         self._address = {name: device.allocate(tensor.nbytes) for name, tensor in self._tensors.items()}
-        staged = (*EACH_RUN, *bundle.outputs)
-        self._pinned = {name: device.pinned(self._tensors[name].shape, self._tensors[name].dtype) for name in staged}
+        self._pinned: dict[str, np.ndarray] = {}
+        self._stage((*EACH_RUN, *self.delivered))
         for name, address in self._address.items():
             program.bind(name, address)
-        self._launch: Callable[[], None] | None = None
+        self._launch: Callable[[], None] = self._queue
+        self._launch_delivers: tuple[str, ...] = ()
 
     def reset(self) -> None:
         for state in self.bundle.recurrent:
@@ -122,7 +123,7 @@ class DeviceEngine(Engine):
 
     def close(self) -> None:
         """Give the device's memory back; the engine is of no use afterwards."""
-        self._launch = None
+        self._launch = self._queue  # a recorded run would keep the device
         self._device.close()
 
     def _load_tables(self, tables: LiftTables) -> None:
@@ -140,20 +141,29 @@ class DeviceEngine(Engine):
     def _forward(self, images: np.ndarray, previous_from_current: np.ndarray) -> Prediction:
         for name, value in zip(EACH_RUN, (images, previous_from_current, self.occupancy_threshold), strict=True):
             np.copyto(self._pinned[name], value)
-        is_first = self._launch is None
-        (self._queue if is_first else self._launch)()
+        delivered = self.delivered
+        is_recorded = self._launch_delivers == delivered
+        if not is_recorded:  # the first run, or other outputs are asked for than were
+            self._stage(delivered)
+            self._launch = self._queue
+        self._launch()
         self._device.synchronize()
-        if is_first:  # a run before recording lets the library do what it does once
-            self._launch = self._recorded()
-        arrays = {name: self._pinned[name].copy() for name in self.bundle.outputs}
-        return Prediction(arrays["labels"], arrays.get("occupancy_probability"), arrays.get("velocity"))
+        if not is_recorded:  # a run before recording lets the library do what it does once
+            self._launch, self._launch_delivers = self._recorded(), delivered
+        return Prediction.from_outputs({name: self._pinned[name].copy() for name in delivered})
+
+    def _stage(self, names: Sequence[str]) -> None:
+        """Make the pinned memory that tensors pass through, where there is none yet."""
+        for name in names:
+            if name not in self._pinned:
+                self._pinned[name] = self._device.pinned(self._tensors[name].shape, self._tensors[name].dtype)
 
     def _queue(self) -> None:
         """One run, step by step."""
         for name in EACH_RUN:
             self._device.upload(self._address[name], self._pinned[name])
         self._program.enqueue()
-        for name in self.bundle.outputs:
+        for name in self.delivered:
             self._device.download(self._pinned[name], self._address[name])
         for state in self.bundle.recurrent:
             self._device.copy(

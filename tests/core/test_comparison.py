@@ -112,6 +112,13 @@ def test_a_comparison_over_frames():
     assert records["a"].to_dict(Parity(1.0, 0.0))["frames"] == []
 
 
+def test_features_of_the_field_are_compared_where_they_are_kept():
+    one = Prediction(says([FREE] * 4).labels, field_features=np.array([1.0, 2.0]))
+    two = Prediction(says([FREE] * 4).labels, field_features=np.array([1.0, 2.5]))
+    found = difference("a", EngineOutput(one), EngineOutput(two))
+    assert found.largest == {"field_features": 0.5} and found.parity == Parity(1.0, 0.0)
+
+
 def test_without_truth_there_are_no_scores():
     for records in compare_engines({"a": Scripted([says([1] * 4)]), "b": Scripted([says([1] * 4)])}, frames(1)):
         assert records["a"].to_dict(Parity(1.0, 0.0))["scores"] is None

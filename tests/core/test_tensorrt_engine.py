@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from occflownet_core.errors import BundleError, EngineError
 from occflownet_core.runtime import cuda_device, tensorrt_build, tensorrt_engine
+from occflownet_core.runtime.bundle import FIELD_GRAPH, GRAPH, load_bundle, write_bundle
 from occflownet_core.runtime.cuda_device import CudaDevice, find_gpu
 from occflownet_core.runtime.engine import create_engine, warm_up
 from occflownet_core.runtime.onnx_engine import OnnxEngine
@@ -134,6 +137,29 @@ def test_a_run_that_cannot_be_recorded_is_queued_step_by_step(make, cuda, caplog
         labels = [occupied_label(made.infer(images(2), np.eye(4))) for _ in range(3)]
     assert labels == [2, 4, 6]
     assert caplog.text.count("a run cannot be recorded") == 1
+
+
+def test_the_fields_features_are_copied_when_asked_for(make, cuda, tmp_path):
+    """features = next_state, for every cell of the working grid and two channels."""
+    graph = hand_made_graph()
+    shape = [1, 2, 4, 8, 2]
+    graph.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), "ones"))
+    graph.graph.node.append(helper.make_node("Mul", ["ones", "value"], ["field_features"]))
+    graph.graph.output.append(helper.make_tensor_value_info("field_features", TensorProto.FLOAT, shape))
+    plain = write(tmp_path / "plain", hand_made_graph().SerializeToString())
+    described = dataclasses.replace(plain, directory=tmp_path / "with_field", field_channels=2)
+    write_bundle(described, {GRAPH: graph.SerializeToString(), FIELD_GRAPH: b"no one reads it here"})
+    made = make(made_of=load_bundle(described.directory))
+    made.calibrate(rig("front", "back"))
+    assert [made.infer(images(1), None).field_features for _ in range(2)] == [None, None]
+    pinned = len(cuda.pinned)
+    made.keep_field = True
+    for step in range(3):
+        features = made.infer(images(4), np.eye(4) if step else None).field_features
+    np.testing.assert_array_equal(features, np.full(shape, 12))
+    assert len(cuda.pinned) == pinned + 1 and len(cuda.graphs) == 2
+    made.keep_field = False
+    assert made.infer(images(4), None).field_features is None
 
 
 def test_warming_up_leaves_no_memory(make):
