@@ -60,20 +60,27 @@ soak: $(STAMPS)-test
 ABLATION := out/ablation
 MINICITY = $(BIN)/python -m training.data.minicity --image-size 480x270 --force
 
-# Scenes of ten keyframes, so that a keyframe has four neighbours on both sides.
-$(ABLATION)/train/.complete: | $(STAMPS)-test
-	$(MINICITY) --out $(ABLATION)/train --scenes 12 --keyframes 10 --seed 501
+# A root's seed is its name. Scenes of ten keyframes, so that a keyframe has four neighbours on both sides; networks learn from
+# those and from shorter ones.
+ABLATION_ROOTS := $(foreach seed,501 502 503 101 102 103 104,$(ABLATION)/$(seed))
+
+$(ABLATION)/50%/.complete: | $(STAMPS)-test
+	$(MINICITY) --out $(@D) --scenes 12 --keyframes 10 --seed 50$*
 	@touch $@
 
-$(ABLATION)/held_out/.complete: | $(STAMPS)-test
-	$(MINICITY) --out $(ABLATION)/held_out --scenes 4 --keyframes 6 --seed 9701
+$(ABLATION)/10%/.complete: | $(STAMPS)-test
+	$(MINICITY) --out $(@D) --scenes 8 --keyframes 8 --seed 10$*
 	@touch $@
 
-ablation: $(ABLATION)/train/.complete $(ABLATION)/held_out/.complete
-	$(BIN)/python -m benchmarks.supervision --dataroot $(ABLATION)/train --out $(ABLATION) --pictures --page docs/ablation.md
-	$(BIN)/python -m benchmarks.supervision --dataroot $(ABLATION)/train --out $(ABLATION) --page docs/ablation.md \
+$(ABLATION)/9701/.complete: | $(STAMPS)-test
+	$(MINICITY) --out $(@D) --scenes 4 --keyframes 6 --seed 9701
+	@touch $@
+
+ablation: $(ABLATION_ROOTS:%=%/.complete) $(ABLATION)/9701/.complete
+	$(BIN)/python -m benchmarks.supervision --dataroot $(ABLATION)/501 --out $(ABLATION) --pictures --page docs/ablation.md
+	$(BIN)/python -m benchmarks.supervision --dataroot $(ABLATION)/501 --out $(ABLATION) --page docs/ablation.md \
 	  --rows single static filter flow --keyframes 3 --steps 64
-	$(BIN)/python -m benchmarks.network_training --dataroot $(ABLATION)/train --val-dataroot $(ABLATION)/held_out \
+	$(BIN)/python -m benchmarks.network_training --dataroot $(ABLATION_ROOTS) --val-dataroot $(ABLATION)/9701 \
 	  --out $(ABLATION) --page docs/ablation.md
 
 lint: $(STAMPS)-test

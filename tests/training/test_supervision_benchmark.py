@@ -191,7 +191,7 @@ def test_command_lines_refuse_in_one_sentence(tmp_path, capsys):
 
 
 def test_every_network_row_is_a_configuration():
-    base = ["--config", "training/configs/minicity_micro.yaml"]
+    base = ["--config", "training/configs/minicity_tiny.yaml"]
     configs = {key: parse([*base, *row.options])[0] for key, row in network_training.ROWS.items()}
     assert configs["single"].data.horizon == 0 and configs["flow"].data.horizon == 3
     assert [configs[key].motion.kind for key in ("static", "filter", "flow")] == ["static", "filter", "box_flow"]
