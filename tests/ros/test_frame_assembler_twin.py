@@ -168,7 +168,7 @@ def chaotic(draw) -> list[tuple[float, int, int, bool]]:
     return result
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(
     st.one_of(rhythmic(), chaotic()),
     st.sampled_from([DROP, MASK]),
