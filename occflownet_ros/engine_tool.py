@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from occflownet_core.runtime.bundle import Bundle, load_bundle
 from occflownet_core.runtime.comparison import (
     HALF_PRECISION,
     SINGLE_PRECISION,
-    EngineInput,
     EngineRecord,
     Parity,
     compare_engines,
@@ -34,6 +33,7 @@ from occflownet_core.runtime.engine import (
     engine_cache_folder,
 )
 from occflownet_ros.command_line import exit_status
+from occflownet_ros.drive_arguments import add_drive, image_sets, require_one_kind
 
 PROGRAM = "occflownet-engine"
 DIVERGED = 1
@@ -72,8 +72,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.command == "compare":
         if arguments.frames is not None and arguments.frames < 1:
             parser.error(f"--frames is {arguments.frames}; give 1 or more")
-        if not arguments.dataroot and (arguments.version or arguments.scenes):
-            parser.error("--version and --scenes belong to --dataroot; a bag has neither")
+        require_one_kind(parser, arguments)
     return arguments
 
 
@@ -88,14 +87,8 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="model bundle")
     parser.add_argument("--engines", required=True, metavar="A,B", help="two or more engines, see below")
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--bag", type=Path, help="rosbag2 folder, or a .mcap or .db3 file")
-    data.add_argument("--dataroot", type=Path, metavar="DIR", help="root in nuScenes' format (needs nuscenes-devkit)")
-    parser.add_argument("--version", help="the root's folder of tables (default: the only one there is)")
-    parser.add_argument("--scenes", nargs="+", default=[], metavar="NAME", help="scenes of the root (default: all)")
+    add_drive(parser)
     parser.add_argument("--gt", type=Path, metavar="DIR", help="root with Occ3D's gts/ (default: the bag's own truth)")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="cameras (default: those of the bag)")
-    parser.add_argument("--anchor-camera", default="", metavar="NAME", help="default: CAM_FRONT, or the bundle's first")
     parser.add_argument("--frames", type=int, metavar="N", help="only the first N frames")
     parser.add_argument("--labels", type=float, metavar="SHARE", help="least share of labels alike, 0 to 1")
     parser.add_argument("--error", type=float, metavar="E", help="largest difference of probability and velocity")
@@ -135,7 +128,7 @@ def compare(arguments: argparse.Namespace) -> bool:
     engines = {name: _engine(bundle, name, arguments) for name in names}
     for engine in engines.values():
         engine.keep_field = bool(bundle.field_channels)  # compared like every other output
-    frames = _frames(arguments, bundle)
+    frames = islice(image_sets(arguments, bundle, arguments.gt), arguments.frames)
     records: dict[str, EngineRecord] = {}
     for so_far in track(compare_engines(engines, frames), "frames", console=console, transient=True):
         records = so_far
@@ -178,26 +171,6 @@ def _tolerance(arguments: argparse.Namespace, names: Sequence[str]) -> Parity:
     if not 0 <= labels <= 1 or not error >= 0:
         raise EngineError(f"--labels is {labels:g} and --error {error:g}; give a share from 0 to 1, and 0 or more")
     return Parity(labels, error)
-
-
-def _frames(arguments: argparse.Namespace, bundle: Bundle) -> Iterator[EngineInput]:
-    from occflownet_ros.engine_inputs import bag_inputs, dataset_inputs
-
-    if arguments.bag:
-        frames: Iterable[EngineInput] = bag_inputs(
-            arguments.bag, bundle, arguments.anchor_camera, arguments.calibration, arguments.gt
-        )
-    else:
-        version = arguments.version or _only_version(arguments.dataroot)
-        frames = dataset_inputs(arguments.dataroot, version, arguments.scenes, bundle, arguments.anchor_camera)
-    return islice(frames, arguments.frames)
-
-
-def _only_version(dataroot: Path) -> str:
-    found = sorted(path.parent.name for path in dataroot.glob("*/sample_data.json"))
-    if len(found) != 1:
-        raise DatasetError(f"{dataroot} has the tables {', '.join(found) or 'of no version'}; name one with --version")
-    return found[0]
 
 
 def _print(bundle: Bundle, records: dict[str, EngineRecord], tolerance: Parity) -> None:
