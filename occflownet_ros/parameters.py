@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from occflownet_core.errors import OccflownetError
-from occflownet_core.runtime.engine import BACKENDS, PRECISIONS
 from occflownet_core.labels import CLASS_NAMES, FREE
+from occflownet_core.runtime.engine import BACKENDS, PRECISIONS
 
 _WORD = r"[A-Za-z_]\w*"
 _TOPIC = re.compile(rf"(~/|/)?{_WORD}(/{_WORD})*", re.ASCII)
