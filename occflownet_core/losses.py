@@ -2,7 +2,7 @@
 """Losses: rendered rays against their labels, depth distributions against LiDAR, voxels against 3D labels, priors.
 
 Each function is one term, unweighted, a mean that is zero (with a graph) where there is nothing to compare.
-``ray_losses`` and ``voxel_losses`` apply a config's switches and weights."""
+``ray_losses`` and ``voxel_losses`` apply a config's switches and weights; ``point_losses`` has those on points."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ OCC3D_VOXEL_COUNTS: tuple[int, ...] = (
 _PROBABILITY_FLOOR = 1e-6
 _CHANCE_FLOOR = 1e-4
 _STILL_MPS = 0.1
+_WEIGHTS_ALONG_RAYS = ("return_weight", "opacity_weight", "free_space_weight", "distortion_weight")
 
 
 class NonFiniteLossError(OccflownetError):
@@ -73,6 +74,12 @@ class LossConfig:
         image_semantic_weight: of the classes that a linear map reads off each pixel's lifted context, against the
             class of the LiDAR return in it (not published). A backbone without pretraining learns classes from this
             long before it can from rays.
+        free_point_weight: of one random point per ray, at least ``free_space_margin_m`` before its return, and of
+            surfaces rendered that early: nothing is there (DVR's freespace loss, Occupancy Networks' cross-entropy).
+        occupied_point_weight: of one random point per return, at most ``occupied_depth_m`` behind it: something is there,
+            whether or not a surface is found (DVR's occupancy loss). A surface that is missed learns from this alone.
+        occupied_depth_m: how deep; a voxel, or the thinnest thing that matters.
+        point_semantic_weight: of the class at the return itself, rather than where the surface is.
     """
 
     range_weight: float = 0.05
@@ -95,6 +102,28 @@ class LossConfig:
     flow_smoothness_weight: float = 0.0
     static_flow_weight: float = 0.0
     box_velocity_weight: float = 0.0
+    free_point_weight: float = 0.0
+    occupied_point_weight: float = 0.0
+    occupied_depth_m: float = 0.4
+    point_semantic_weight: float = 0.0
+
+    @property
+    def reads_points(self) -> bool:
+        """Whether any term asks the field about points, whatever the renderer."""
+        return max(self.free_point_weight, self.occupied_point_weight, self.point_semantic_weight) > 0
+
+    def check_method(self, method: str) -> None:
+        """Check that rays rendered so have what the terms compare.
+
+        Raises:
+            ConfigError: a term wants the weights of a volume, and surfaces have none.
+        """
+        wanting = [name for name in _WEIGHTS_ALONG_RAYS if getattr(self, name)]
+        if method == "surface" and wanting:
+            raise ConfigError(
+                f"loss.{wanting[0]} is {getattr(self, wanting[0])}, and surfaces have no weights along their rays; set it "
+                "to 0 (free_point_weight and occupied_point_weight take its place), or render by traversal or samples"
+            )
 
     def __post_init__(self) -> None:
         if self.range_error not in ("squared", "absolute", "huber", "log"):
@@ -103,7 +132,7 @@ class LossConfig:
             value = getattr(self, name)
             if name.endswith("_weight") and not 0 <= value < float("inf"):
                 raise ConfigError(f"loss.{name} is {value}; give a finite weight, 0 leaves the term out")
-        for name in ("huber_m", "distortion_scale_m"):
+        for name in ("huber_m", "distortion_scale_m", "occupied_depth_m"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"loss.{name} is {getattr(self, name)}; give positive metres")
 
@@ -124,14 +153,22 @@ def ray_losses(
         rendered: what ``renderer.render`` made of ``rays``.
         rays: with their labels; those without return only count in the terms on opacity and free space.
         config: terms and weights.
-        render: for ``range_target``.
+        render: how they were rendered. Of surfaces only rays that met one count in range and semantics.
+
+    Raises:
+        ConfigError: see ``LossConfig.check_method``.
     """
-    returned = rays.returned.nonzero()[:, 0]
+    render = render or RenderConfig()
+    config.check_method(render.method)
+    returned = rays.returned
+    if render.method == "surface":
+        returned = returned & torch.zeros_like(returned).index_fill(0, rendered.samples.ray, True)
+    returned = returned.nonzero()[:, 0]
     label = rays.label[returned]
     weight = class_weights().to(rendered.logits)[label] if config.class_weighted else None
     terms: dict[str, Tensor] = {}
     if config.range_weight:
-        target_m = range_target(rays, render or RenderConfig())[returned]
+        target_m = range_target(rays, render)[returned]
         error = range_loss(rendered.range_m[returned], target_m, weight, config.range_error, config.huber_m)
         terms["range"] = config.range_weight * error
     if config.return_weight:

@@ -47,8 +47,7 @@ class OccupancyLearner(pl.LightningModule):
     def __init__(self, config: TrainingConfig, model: OccFlowNet | None = None, start: dict | None = None) -> None:
         super().__init__()
         self.config, self.start = config, start
-        # Convolutions with few channels run a tenth faster on a CPU, and with tensor cores on a GPU, channels last.
-        self.model = (model or OccFlowNet(config.model)).to(memory_format=torch.channels_last)
+        self.model = channels_last(model or OccFlowNet(config.model))
         self.model.set_checkpointing(config.trainer.checkpoint_activations)
         self.objective = Objective(config)
         self.validation_sweep = ThresholdSweep(THRESHOLDS)
@@ -81,6 +80,10 @@ class OccupancyLearner(pl.LightningModule):
         if view is None:
             return self.model.observe(now.images, now.tables)
         return self.model.observe(now.images, now.tables, now.previous_from_current, forgetting(view, now.has_previous))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tell the objective how far the run is."""
+        self.objective.done = self._run_length.share(self.trainer, self.global_step)
 
     def training_step(self, window: Sequence[OccupancyBatch], batch_idx: int) -> dict[str, Any]:
         """The loss of one batch.
@@ -188,6 +191,18 @@ class OccupancyLearner(pl.LightningModule):
         checkpoint[PROVENANCE_KEY] = describe(
             self.config, self.global_step, self._run_length.elapsed_s, self.scores, self.start
         )
+
+
+def channels_last(model: OccFlowNet) -> OccFlowNet:
+    """The network with its 2D convolutions laid out channels last.
+
+    With few channels they run a tenth faster so on a CPU, and with tensor cores on a GPU. 3D ones have another such
+    layout, which is why ``Module.to`` refuses networks that have both.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    return model
 
 
 def forgetting(view: StereoView, known: Tensor) -> StereoView:

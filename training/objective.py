@@ -18,7 +18,6 @@ from occflownet_core.losses import (
     class_weights,
     depth_distribution_loss,
     flow_smoothness_loss,
-    ray_losses,
     semantic_loss,
     static_flow_loss,
     velocity_loss,
@@ -26,7 +25,8 @@ from occflownet_core.losses import (
 )
 from occflownet_core.model import ModelOutput, ObservedImages
 from occflownet_core.motion import BoxFlow, DynamicFilter, LearnedFlow, StaticWorld, box_velocities
-from occflownet_core.renderer import Rays, render
+from occflownet_core.point_losses import supervised_rays
+from occflownet_core.renderer import Rays
 from training.data.batch import OccupancyBatch
 from training.settings import MotionSettings, TrainingConfig
 
@@ -38,6 +38,7 @@ class Objective:
         config: the run.
 
     Attributes:
+        done: share of the run that is over, 0 to 1, for what changes in its course; whoever runs it sets it.
         motion_s: seconds that the last call spent on motion (of the host; a GPU may still be at work).
         rays: number of rays that the last call rendered.
     """
@@ -45,6 +46,7 @@ class Objective:
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         self.render_grid = config.model.grid.coarsened(config.supervision.render_coarsening)
+        self.done = 0.0
         self.motion_s = 0.0
         self.rays = 0
 
@@ -75,9 +77,9 @@ class Objective:
         motion = TimedMotion(make_motion(self.config.motion, boxes, output.field.grid, velocity_mps))
         rays = draw_rays(batch.rays, settings.rays_per_step, settings.current_share, generator)
         rays = rays[motion.keeps(rays, grid)]
-        rendered = render(output.field, rays, grid, motion, self.config.rendering, generator)
+        rendering = self.config.rendering.at(self.done)
+        terms = supervised_rays(output.field, rays, grid, motion, self.config.losses, rendering, generator)
         self.motion_s, self.rays = motion.seconds, len(rays)
-        terms = ray_losses(rendered, rays, self.config.losses, self.config.rendering)
         return terms if velocity_mps is None else terms | self.velocity_terms(velocity_mps, output.field, batch)
 
     def velocity_terms(self, velocity_mps: Tensor, field: OccupancyField, batch: OccupancyBatch) -> dict[str, Tensor]:

@@ -236,6 +236,8 @@ class TrainingConfig:
         ):
             if not low <= value <= high:
                 raise ConfigError(f"{name} is {value}; give a value from {low} to {high}")
+        if self.supervision.renders:
+            self.losses.check_method(self.rendering.method)
         if self.learns_velocity and not self.model.field.velocity:
             raise ConfigError("learned flow needs a field that predicts it; set model.field.velocity: true")
 

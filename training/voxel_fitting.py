@@ -20,9 +20,10 @@ from torch import Tensor
 from occflownet_core.field import FieldConfig, FieldDecoder, occupancy_probability
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import FREE, OCCUPIED_CLASSES
-from occflownet_core.losses import LossConfig, ray_losses
+from occflownet_core.losses import LossConfig
 from occflownet_core.motion import StaticWorld
-from occflownet_core.renderer import Rays, RenderConfig, render
+from occflownet_core.point_losses import supervised_rays
+from occflownet_core.renderer import Rays, RenderConfig
 from occflownet_core.voxel_field import VoxelField
 from training.objective import draw_rays
 
@@ -162,8 +163,8 @@ def fit_voxels(
         pre_density, logits = start + _summed(evidence, grid)[:, 0], _summed(table, grid)
         pre_density.retain_grad()
         field = VoxelField(activation.density(pre_density), logits, grid)
-        rendered = render(field, drawn, grid, motion, rendering, generator)
-        terms = ray_losses(rendered, drawn, losses, rendering)
+        now = rendering.at(step / settings.steps)
+        terms = supervised_rays(field, drawn, grid, motion, losses, now, generator)
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
         seen |= pre_density.grad != 0

@@ -8,6 +8,7 @@ import torch
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.motion import StaticWorld
 from occflownet_core.renderer.rays import Rays
+from occflownet_core.renderer.surface import render_surface
 from occflownet_core.renderer.traversal import render_traversal
 from occflownet_core.renderer.volume import (
     RenderConfig,
@@ -18,7 +19,7 @@ from occflownet_core.renderer.volume import (
 )
 from occflownet_core.voxel_field import Field, VoxelField
 
-__all__ = ["Rays", "RenderConfig", "RenderSamples", "RenderedRays", "range_target", "render"]
+__all__ = ["Rays", "RenderConfig", "RenderSamples", "RenderedRays", "as_rendered", "range_target", "render"]
 
 
 def render(
@@ -38,11 +39,11 @@ def render(
         grid: the box that rays are rendered in, and the cells that traversal crosses.
         motion: what moved between a ray's time and now; None is a static world.
         config: how to render; None is the default, exact voxel traversal.
-        generator: for stratified samples.
+        generator: for stratified samples and steps.
 
     Raises:
         GeometryError: the field does not fit the grid.
-        ConfigError: the config contradicts itself.
+        ConfigError: the config contradicts itself, or a surface is wanted of a field that has no slope.
 
     >>> from occflownet_core.grid import VoxelGrid
     >>> grid = VoxelGrid((0, 0, 0), (4, 1, 1), 1.0)
@@ -53,12 +54,23 @@ def render(
     """
     motion = motion or StaticWorld()
     config = config or RenderConfig()
-    if config.method == "sampled" and config.sampled_field == "continuous":
-        return render_sampled(field, rays, grid, motion, config, generator)
-    # Optical depths add up over hundreds of cells: half precision ends with the network's output.
-    lattice = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in field.lattice(grid))
+    by_points = {"sampled": render_sampled, "surface": render_surface}
+    if config.method in by_points and config.sampled_field == "continuous":
+        return by_points[config.method](field, rays, grid, motion, config, generator)
+    field = as_rendered(field, grid, config)
     with torch.autocast(rays.range_m.device.type, enabled=False):
         if config.method == "traversal":
-            return render_traversal(*lattice, rays, grid, motion, config)
-        field = VoxelField(*lattice, grid, "trilinear", config.alignment)
-        return render_sampled(field, rays, grid, motion, config, generator)
+            return render_traversal(field.density_lattice, field.logits_lattice, rays, grid, motion, config)
+        return by_points[config.method](field, rays, grid, motion, config, generator)
+
+
+def as_rendered(field: Field, grid: VoxelGrid, config: RenderConfig) -> Field:
+    """The field that is rendered, as a function of points: the given one where it is read continuously, or its lattice.
+
+    Args: as for ``render``, which gives the same for either.
+    """
+    if config.method != "traversal" and config.sampled_field == "continuous":
+        return field
+    # Optical depths add up over hundreds of cells: half precision ends with the network's output.
+    lattice = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in field.lattice(grid))
+    return VoxelField(*lattice, grid, "trilinear", config.alignment)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,14 +26,15 @@ class RenderConfig:
     projections belongs to whoever makes rays: ``half_pixel_offset`` is for it to read.
 
     Attributes:
-        method: ``traversal`` of every crossed voxel, exact; or ``sampled`` as published.
+        method: ``traversal`` of every crossed voxel, exact; ``sampled`` as published; or ``surface``, where the field
+            first becomes occupied (``renderer.surface``).
         range_target: what a rendered range is compared with: the ray's own ``range``, or the return's z in its camera
             (``camera_z``), as published.
         remainder: what becomes of 1 - sum w, the chance of passing through everything: its share of the range is the
             ``far_end`` of the segment; or it is ``dropped`` as published, and rays that are not opaque come out short.
-        sampled_field: what samples read: the ``lattice``, decoded once per cell and then interpolated (as published), or
-            the ``continuous`` field, decoded at every sample.
-        alignment: where a lattice's values lie for the sampled renderer: cell ``centres``, or ``edges`` as published.
+        sampled_field: what samples and surfaces read: the ``lattice``, decoded once per cell and then interpolated (as
+            published), or the ``continuous`` field, decoded at every sample.
+        alignment: where a lattice's values lie for the sampled and the surface renderer: cell ``centres``, or ``edges`` as published.
         half_pixel_offset: add half a pixel to projections that are already continuous, as published.
         proposal_samples: uniform samples of the first pass (published: 50).
         importance_samples: samples drawn from the first pass's weights (published: 100).
@@ -42,9 +44,15 @@ class RenderConfig:
             the segment, logits by this share of the largest. 0 traverses everything.
         min_weight: voxels of smaller weight get no gradient in their logits from that ray; 0 keeps all. Rendered
             values and the gradient in density do not depend on it.
+        surface_threshold: occupied is where a piece of ``surface_length_m`` is opaque with more than this probability.
+        surface_length_m: that length; the edge of a label voxel makes surfaces those of thresholded labels.
+        surface_steps: the march from the grid's near to its far side, in equal steps; what is thinner may be missed.
+        surface_first_steps: of a training run's start (DVR begins coarse): doubled at equal shares of the run until it
+            is ``surface_steps``. At least as many leaves nothing to double.
+        secant_steps: of the refinement between the last free and the first occupied step (DVR: 8).
     """
 
-    method: Literal["traversal", "sampled"] = "traversal"
+    method: Literal["traversal", "sampled", "surface"] = "traversal"
     range_target: Literal["range", "camera_z"] = "range"
     remainder: Literal["far_end", "dropped"] = "far_end"
     sampled_field: Literal["lattice", "continuous"] = "lattice"
@@ -56,10 +64,15 @@ class RenderConfig:
     stratified: bool = False
     min_transmittance: float = 1e-4
     min_weight: float = 1e-5
+    surface_threshold: float = 0.5
+    surface_length_m: float = 0.4
+    surface_steps: int = 256
+    surface_first_steps: int = 256
+    secant_steps: int = 8
 
     def __post_init__(self) -> None:
         choices = {
-            "method": ("traversal", "sampled"),
+            "method": ("traversal", "sampled", "surface"),
             "range_target": ("range", "camera_z"),
             "remainder": ("far_end", "dropped"),
             "sampled_field": ("lattice", "continuous"),
@@ -67,7 +80,9 @@ class RenderConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"render.{name} is '{getattr(self, name)}'; choose {' or '.join(allowed)}")
+                raise ConfigError(
+                    f"render.{name} is '{getattr(self, name)}'; choose {', '.join(allowed[:-1])} or {allowed[-1]}"
+                )
         if self.proposal_samples < 2 or self.importance_samples < 0:
             raise ConfigError(
                 f"render: {self.proposal_samples} proposal and {self.importance_samples} importance samples; "
@@ -76,6 +91,23 @@ class RenderConfig:
         for name in ("min_transmittance", "min_weight"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"render.{name} is {getattr(self, name)}; give a value in [0, 1)")
+        if not 0 < self.surface_threshold < 1:
+            raise ConfigError(f"render.surface_threshold is {self.surface_threshold}; give a probability inside (0, 1)")
+        if not 0 < self.surface_length_m < float("inf"):
+            raise ConfigError(f"render.surface_length_m is {self.surface_length_m}; give positive metres")
+        for name, least in (("surface_steps", 1), ("surface_first_steps", 1), ("secant_steps", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"render.{name} is {getattr(self, name)}; give at least {least}")
+
+    def at(self, done: float) -> RenderConfig:
+        """The config at a share ``done`` (0 to 1) of a training run: see ``surface_first_steps``.
+
+        >>> [RenderConfig(surface_first_steps=64).at(done).surface_steps for done in (0, 0.5, 1)]
+        [64, 128, 256]
+        """
+        doublings = max(math.ceil(math.log2(self.surface_steps / self.surface_first_steps)), 0)
+        passed = min(int(done * (doublings + 1)), doublings)
+        return replace(self, surface_steps=min(self.surface_first_steps << passed, self.surface_steps))
 
 
 @dataclass(frozen=True)
@@ -151,11 +183,13 @@ def range_target(rays: Rays, config: RenderConfig) -> Tensor:
     return rays.range_m * rays.axis_cosine
 
 
-def _ask(field: Field, rays: Rays, motion: StaticWorld, t_m: Tensor, concerned: Tensor) -> tuple[Tensor, ...]:
-    """Density at distances [R, S], and where it was read; the motion is asked along ``concerned`` rays [n] only.
+def content_at(
+    field: Field, rays: Rays, motion: StaticWorld, t_m: Tensor, concerned: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where what rays meet at distances [R, S] lies in the field; the motion is asked along ``concerned`` rays [n] only.
 
     Returns:
-        density [R, S], points [R * S, 3], batch [R * S].
+        points [R * S, 3], batch [R * S], present [R, S] bool.
     """
     count = t_m.shape[1]
     points_m = rays.origin_m[:, None] + rays.direction[:, None] * t_m[..., None]  # [R, S, 3]
@@ -165,7 +199,16 @@ def _ask(field: Field, rays: Rays, motion: StaticWorld, t_m: Tensor, concerned: 
         moved_m, there = motion.content(points_m[concerned].view(-1, 3), time_index, batch_index, field)
         points_m = points_m.index_copy(0, concerned, moved_m.view(-1, count, 3))
         present[concerned] = there.view(-1, count)
-    points_m, batch_index = points_m.view(-1, 3), rays.batch_index.repeat_interleave(count)
+    return points_m.view(-1, 3), rays.batch_index.repeat_interleave(count), present
+
+
+def ask(field: Field, rays: Rays, motion: StaticWorld, t_m: Tensor, concerned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Density at distances [R, S], and where it was read; arguments as for ``content_at``.
+
+    Returns:
+        density [R, S], points [R * S, 3], batch [R * S].
+    """
+    points_m, batch_index, present = content_at(field, rays, motion, t_m, concerned)
     return field.density(points_m, batch_index).view_as(t_m) * present, points_m, batch_index
 
 
@@ -184,11 +227,11 @@ def render_sampled(
     with torch.no_grad():
         t_m = positions(edges_m, config, generator)
         length_m = edges_m.diff(dim=-1)
-        proposal = weights(_ask(field, rays, motion, t_m, concerned)[0], length_m)
+        proposal = weights(ask(field, rays, motion, t_m, concerned)[0], length_m)
         drawn_m = resampled(edges_m, proposal, config.importance_samples, config.stratified, generator)
         t_m = merged(t_m, drawn_m) if config.keep_proposal_samples or not config.importance_samples else drawn_m
         start_m, length_m = intervals(t_m, near_m, far_m)
-    density, points_m, batch_index = _ask(field, rays, motion, t_m, concerned)
+    density, points_m, batch_index = ask(field, rays, motion, t_m, concerned)
     weight = weights(density, length_m)  # [R, S]
     opacity = weight.sum(dim=-1)
     logits = field.semantics(points_m, batch_index)  # [R * S, K]

@@ -157,7 +157,7 @@ def test_half_precision_ends_with_the_lattice(method):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "splat"}, "render.method is 'splat'; choose traversal or sampled"),
+        ({"method": "splat"}, "render.method is 'splat'; choose traversal, sampled or surface"),
         ({"remainder": "?"}, "render.remainder"),
         ({"proposal_samples": 1}, "1 proposal and 100 importance"),
         ({"min_transmittance": 1.0}, "render.min_transmittance is 1.0"),
