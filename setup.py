@@ -77,7 +77,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["occflownet_core*", "occflownet_ros*", "training*"]),
-    package_data={"training": ["configs/*.yaml"], "occflownet_ros.report": ["assets/*"]},
+    package_data={"training": ["configs/*.yaml", "import_tables/*.yaml"], "occflownet_ros.report": ["assets/*"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (SHARE, ["package.xml"]),

@@ -16,7 +16,7 @@ from training.settings import TrainingConfig
 
 CONFIG_KEY = "training_config"
 PROVENANCE_KEY = "provenance"
-_MODEL_PREFIX = "model."
+MODEL_PREFIX = "model."
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         weights = {
-            name.removeprefix(_MODEL_PREFIX): value
+            name.removeprefix(MODEL_PREFIX): value
             for name, value in content["state_dict"].items()
-            if name.startswith(_MODEL_PREFIX)
+            if name.startswith(MODEL_PREFIX)
         }
         return Checkpoint(path, weights, content[CONFIG_KEY], content[PROVENANCE_KEY])
     except FileNotFoundError:
