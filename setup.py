@@ -44,14 +44,15 @@ ros = [
     "ros-visualization-msgs",
 ]
 export = ["torch>=2.6", "timm>=1.0", "onnx>=1.17", "onnxscript>=0.3", "safetensors>=0.4"]
+mesh = ["scikit-image>=0.22", "trimesh>=4.5"]
 train = [
     *export,
+    *mesh,
     "lightning>=2.6",
     "jsonargparse[signatures]>=4.49",
     "tensorboard>=2.16",
     "matplotlib>=3.6",
     "nuscenes-devkit>=1.1.11",
-    "trimesh>=4.5",
     "embreex>=2.17.7",
     "mapbox_earcut>=1.0",
     "shapely>=2",
@@ -88,6 +89,7 @@ setup(
         "ros": ros,
         "export": export,
         "train": train,
+        "mesh": mesh,
         "tensorrt": ["tensorrt>=11", "cuda-bindings>=12.9", "onnx>=1.17"],
         "test": test,
         "dev": [*test, "ruff>=0.6"],
@@ -101,6 +103,7 @@ setup(
             "demo = occflownet_ros.demo:main",
             "replay_evaluation = occflownet_ros.replay_evaluation:main",
             "occflownet-engine = occflownet_ros.engine_tool:main",
+            "occflownet-query = occflownet_ros.query_tool:main",
         ]
     },
     zip_safe=True,

@@ -129,8 +129,7 @@ def save_mesh(mesh: Mesh, path: str | Path) -> None:
         OccflownetError: the file's name has another ending, it cannot be written, or trimesh is not installed.
     """
     path = Path(path)
-    if path.suffix.lower() not in MESH_FORMATS:
-        raise OccflownetError(f"{path} is no mesh format that can be written; name it *.glb or *.ply")
+    require_format(path)
     try:
         import trimesh
     except ImportError:
@@ -146,6 +145,16 @@ def save_mesh(mesh: Mesh, path: str | Path) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise OccflownetError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def require_format(path: Path) -> None:
+    """Refuse a file name that ``save_mesh`` would, before there is a mesh.
+
+    Raises:
+        OccflownetError: its ending is of no format that can be written.
+    """
+    if path.suffix.lower() not in MESH_FORMATS:
+        raise OccflownetError(f"{path} is no mesh format that can be written; name it *{' or *'.join(MESH_FORMATS)}")
 
 
 def _glb(shape: trimesh.Trimesh) -> bytes:
