@@ -23,7 +23,7 @@ from training.pictures import pixel_rays
 from training.scene import KeyframeLabels, Scene, predicted_range_m
 from training.voxel_fitting import FittedVoxels
 
-_PIXELS_PER_RAY = 8
+_RAYS_ACROSS = 200
 _FAR_M = 50.0
 _MOSAIC_PX = 900
 
@@ -57,12 +57,12 @@ def scene_picture(
 
 
 def range_images(scene: Scene, fitted: FittedVoxels, k: int) -> dict[str, np.ndarray]:
-    """Camera -> predicted range [h, w], metres, at one ray per 8 x 8 pixels; infinite where nothing is met."""
+    """Camera -> predicted range [h, w], metres, of 200 rays across and as many down as make them square; infinite where nothing is met."""
     keyframe: Keyframe = scene.keyframes[k]
     scene_from_ego = scene.scene_from_global @ keyframe.global_from_ego
     images = {}
     for camera in keyframe.rig():
-        height, width = camera.height_px // _PIXELS_PER_RAY, camera.width_px // _PIXELS_PER_RAY
+        width, height = _RAYS_ACROSS, round(_RAYS_ACROSS * camera.height_px / camera.width_px)
         rays = _moved(pixel_rays(camera, width, height), scene_from_ego, k + 1)
         images[camera.name] = predicted_range_m(scene, fitted, rays).reshape(height, width)
     return images
