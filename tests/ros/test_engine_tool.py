@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from occflownet_core.errors import EngineError
+from occflownet_core.runtime import cuda_device, tensorrt_build
 from occflownet_core.runtime.bundle import load_bundle
 from occflownet_ros.engine_inputs import bag_inputs, dataset_inputs
 from occflownet_ros.engine_tool import engine_names, main
 from occflownet_ros.nuscenes_scene import open_nuscenes
 from occflownet_ros.nuscenes_to_bag import main as nuscenes_to_bag
+from tests.core.graph_by_hand import hand_made_graph, write
+from tests.core.nvidia_twins import CudaTwin, TensorRTTwin
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 BUNDLE, BAG = str(DEMO / "bundle"), str(DEMO / "bag")
@@ -112,6 +115,21 @@ def test_build_without_tensorrt_says_what_to_install(capsys):
     assert main(["build", "--bundle", BUNDLE, "--precision", "fp16"]) == 2
     errors = capsys.readouterr().err
     assert "TensorRT is not installed" in errors and "pip install" in errors and errors.count("\n") == 1
+
+
+def test_building_ahead_of_time_says_where_the_engine_is(tmp_path, monkeypatch, capsys):
+    """With twins of NVIDIA's libraries."""
+    cuda = CudaTwin()
+    trt = TensorRTTwin(cuda)
+    monkeypatch.setattr(cuda_device, "cuda_runtime", lambda: cuda)
+    monkeypatch.setattr(tensorrt_build, "tensorrt", lambda: trt)
+    bundle = write(tmp_path / "bundle", hand_made_graph().SerializeToString())
+    arguments = ["build", "--bundle", str(bundle.directory), "--engine-cache", str(tmp_path / "here")]
+    for words, more, builds in (("built in", [], 1), ("was there already", [], 1), ("built in", ["--rebuild"], 2)):
+        assert main([*arguments, *more]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert words in said and trt.builds == builds
+    assert len(list((tmp_path / "here").glob("*-fp32-Twin_GPU-sm8.7-trt11.4.0.engine"))) == 1
 
 
 def test_a_bag_and_the_data_set_that_it_was_made_of_give_the_same(minicity_root, tmp_path):
