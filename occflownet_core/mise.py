@@ -12,6 +12,7 @@ slipped between the coarse lattice's points, as what is larger than a coarse cel
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ _HALVED = np.array(list(itertools.product((0, 1, 2), repeat=3)), dtype=np.int32)
 _PARENT_CORNERS = np.flatnonzero((_HALVED != 1).all(axis=1))  # [8] rows of _HALVED, in the order of CORNERS
 _BLOCK_BITS = 3
 _CELLS_AT_A_TIME = 1 << 16
+_GROWTH_PER_LEVEL = 4.0
 
 
 class SparseLattice:
@@ -134,6 +136,27 @@ def surface_cells(
             break
         search.halve()
     return search.found()
+
+
+def within_budget(budget_s: float, clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], bool]:
+    """For ``go_on``: another level only if it is likely to end in time; the surface is then coarser where time is short.
+
+    A level takes about four times what the one before took, and marching and refining its cells about as long again.
+
+    Args:
+        budget_s: from this call on.
+        clock: in seconds.
+    """
+    began_s = level_began_s = clock()
+
+    def go_on(level: int, cells: int) -> bool:
+        nonlocal level_began_s
+        now_s = clock()
+        expected_s = 2 * _GROWTH_PER_LEVEL * (now_s - level_began_s)
+        level_began_s = now_s
+        return now_s - began_s + expected_s <= budget_s
+
+    return go_on
 
 
 class _Search:

@@ -17,7 +17,7 @@ from occflownet_core.errors import ConfigError, EngineError, OccflownetError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import COLORS_RGB
 from occflownet_core.mesh import extract_mesh, march, save_mesh
-from occflownet_core.mise import CORNERS, SparseLattice, SurfaceCells, surface_cells
+from occflownet_core.mise import CORNERS, SparseLattice, SurfaceCells, surface_cells, within_budget
 from occflownet_core.query import POINTS_AT_A_TIME, FieldSamples
 
 BOX = VoxelGrid((-4, -4, -4), (4, 4, 4), 1.0)
@@ -211,6 +211,18 @@ def test_the_search_stops_when_told():
     found = surface_cells(ball(2.0).probability, BOX, 0.5, 5, go_on=go_on)
     assert found.level == 2 and found.grid.voxel_size_m == 0.25
     assert [level for level, _ in asked] == [1, 2, 3] and asked[-1][1] == len(found.cells)
+
+
+def test_a_budget_makes_the_surface_coarser_and_not_late():
+    """A clock that ticks once per evaluated point: levels of 729, then 1,000 and 4,000 or so."""
+    ticks = {}
+    for budget in (5_000, 10_000, 40_000, 1e9):
+        field = ball(3.0)
+        found = surface_cells(field.probability, BOX, 0.5, 4, go_on=within_budget(budget, lambda f=field: sum(f.calls)))
+        ticks[budget] = (found.level, found.evaluations)
+        assert found.evaluations <= budget
+    levels = [level for level, _ in ticks.values()]
+    assert levels == sorted(levels) and levels[0] == 0 and levels[-1] == 4 and len(set(levels)) >= 3
 
 
 # Marching cubes
