@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.camera_streams import ANCHOR
 from occflownet_core.errors import OccflownetError
 from occflownet_ros.replay import (
     DIAGNOSTICS_PERIOD_S,
@@ -25,6 +27,7 @@ from occflownet_ros.replay import (
     recording,
     stop_process,
 )
+from occflownet_ros.share import share_path
 
 _SAMPLE_PERIOD_S = 1.0
 
@@ -84,6 +87,26 @@ class Load:
         if counts != {len(stages["total"])} or not counts.copy().pop():
             raise OccflownetError(f"the node published {sorted(counts)} latencies; its log says why")
         return stages["total"] - stages["engine"] - stages["busy"]
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark of the loaded node takes."""
+    demo = share_path("demo")
+    parser.add_argument("--rate", type=float, default=12.0, metavar="HZ", help="of each camera (default: 12)")
+    parser.add_argument(
+        "--bag",
+        type=Path,
+        default=demo / "bag",
+        help="bag with six JPEG topics and calibration.yaml (default: the demo's)",
+    )
+    parser.add_argument("--bundle", type=Path, default=demo / "bundle", help="model bundle (default: the demo's)")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for JSON (default: out/bench)")
+
+
+def node_parameters(options: argparse.Namespace) -> dict[str, object]:
+    """The node's, from ``add_load_options``."""
+    calibration = options.bag / "calibration.yaml"
+    return {"bundle": str(options.bundle), "calibration_file": str(calibration), "anchor_camera": ANCHOR}
 
 
 def put_under_load(

@@ -18,11 +18,10 @@ import cv2
 import numpy as np
 from rich.console import Console
 
-from benchmarks.node_load import Load, put_under_load
+from benchmarks.node_load import Load, add_load_options, node_parameters, put_under_load
 from benchmarks.report import Figure, publish
 from occflownet_core.runtime.bundle import load_bundle
 from occflownet_ros.command_line import exit_status
-from occflownet_ros.share import share_path
 
 LEAST_RATE_HZ = 4.0
 MOST_OUTSIDE_MS = {"compressed": 35.0, "raw": 30.0}
@@ -95,37 +94,27 @@ def median_ms(*functions, rounds: int = 15) -> list[float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.pipeline", description=__doc__.splitlines()[0])
-    parser.add_argument("--bag", type=Path, help="bag with six 1600 x 900 JPEG topics (default: the demo drive)")
-    parser.add_argument("--bundle", type=Path, help="model bundle (default: the demo model)")
     parser.add_argument("--transport", nargs="+", choices=("compressed", "raw"), default=["compressed", "raw"])
-    parser.add_argument("--rate", type=float, default=12.0, metavar="HZ", help="of each camera (default: 12)")
     parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of each transport (default: 20)")
     parser.add_argument("--threads", type=int, default=0, help="of the engine; 0 lets it choose (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for JSON (default: out/bench)")
+    add_load_options(parser)
     return exit_status("benchmarks.pipeline", lambda: _run(parser.parse_args(argv)))
 
 
 def _run(options: argparse.Namespace) -> None:
-    bag = options.bag or share_path("demo", "bag")
-    bundle = options.bundle or share_path("demo", "bundle")
-    parameters = {
-        "bundle": str(bundle),
-        "calibration_file": str(bag / "calibration.yaml"),
-        "anchor_camera": "CAM_FRONT",
-        "threads": options.threads,
-    }
+    parameters = {**node_parameters(options), "threads": options.threads}
     figures, found = [], {}
     with tempfile.TemporaryDirectory() as scratch, Console().status("") as status:
         for transport in options.transport:
             say = lambda at_s, transport=transport: status.update(f"six {transport} streams: {at_s:.0f} s")  # noqa: E731
             logs = Path(scratch) / transport
             logs.mkdir()
-            load = put_under_load(bag, parameters, logs, transport, options.rate, options.seconds, say)
+            load = put_under_load(options.bag, parameters, logs, transport, options.rate, options.seconds, say)
             figures += node_figures(load, transport)
             found[transport] = details(load)
     seconds = load.replay.seconds_to_active
     figures.append(Figure("process start to active", seconds, MOST_SECONDS_TO_ACTIVE, "s", "at most"))
-    figures.append(measure_decoding(bag, bundle))
+    figures.append(measure_decoding(options.bag, options.bundle))
     publish("node under load", figures, options.out / "pipeline.json", found)
 
 

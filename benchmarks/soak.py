@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from benchmarks.node_load import Load, Sample, put_under_load
+from benchmarks.node_load import Load, Sample, add_load_options, node_parameters, put_under_load
 from benchmarks.report import Figure, publish
 from occflownet_core.errors import OccflownetError
 from occflownet_ros.command_line import exit_status
-from occflownet_ros.share import share_path
 
 WARM_UP_S = 60.0
 MOST_GROWTH_MB = 10.0
@@ -52,26 +51,16 @@ def _mean(samples: list[Sample], from_s: float) -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20.0, metavar="M", help="how long (default: 20)")
-    parser.add_argument("--rate", type=float, default=12.0, metavar="HZ", help="of each camera (default: 12)")
     parser.add_argument("--transport", choices=("compressed", "raw"), default="compressed")
-    parser.add_argument("--bag", type=Path, help="bag with six JPEG topics (default: the demo drive)")
-    parser.add_argument("--bundle", type=Path, help="model bundle (default: the demo model)")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for JSON (default: out/bench)")
+    add_load_options(parser)
     return exit_status("benchmarks.soak", lambda: _run(parser.parse_args(argv)))
 
 
 def _run(options: argparse.Namespace) -> None:
-    bag = options.bag or share_path("demo", "bag")
-    bundle = options.bundle or share_path("demo", "bundle")
-    parameters = {
-        "bundle": str(bundle),
-        "calibration_file": str(bag / "calibration.yaml"),
-        "anchor_camera": "CAM_FRONT",
-    }
-    seconds = 60 * options.minutes
+    parameters, seconds = node_parameters(options), 60 * options.minutes
     with tempfile.TemporaryDirectory() as scratch, Console().status("") as status:
         say = lambda at_s: status.update(f"{at_s / 60:.1f} of {options.minutes:g} min")  # noqa: E731
-        load = put_under_load(bag, parameters, Path(scratch), options.transport, options.rate, seconds, say)
+        load = put_under_load(options.bag, parameters, Path(scratch), options.transport, options.rate, seconds, say)
     found = {"sets": load.replay.set_counts(), "samples": [asdict(sample) for sample in load.samples]}
     publish(f"{options.minutes:g} minutes", soak_figures(load), options.out / "soak.json", found)
 
