@@ -17,6 +17,8 @@ _HALF_SUFFIX, _SINGLE_SUFFIX = "__half", "__single"
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 _SINGLE_ONLY = frozenset({"Constant", "ConstantOfShape", "Range", "QuantizeLinear", "DequantizeLinear"})
 """Operators left in single precision: they make constants, or carry a precision of their own."""
+_MOVING = frozenset({"Gather", "Concat", "Slice", "Reshape", "Transpose", "Pad", "Squeeze", "Unsqueeze", "Split"})
+"""Operators that move numbers about and leave their values alone."""
 _SINGLE_INPUTS = {"Resize": (1, 2)}
 """Inputs (roi, scales) that ONNX wants in single precision whatever the data's."""
 
@@ -25,7 +27,8 @@ def to_half(graph: ModelProto, keep_single: Collection[str] = ()) -> ModelProto:
     """The graph computing in float16, its inputs and outputs as before.
 
     A GridSample stays in single precision, and so does all that leads to the positions it reads at: computed in eleven
-    bits they would be off by decimetres in 80 m. So do the nodes in ``keep_single``.
+    bits they would be off by decimetres in 80 m. So does a running sum (CumSum, by which splatting adds up a voxel's
+    points) until the difference of two of its entries is taken, and so do the nodes in ``keep_single``.
 
     Args:
         graph: in single precision, its weights float32, or float16 with a cast behind them.
@@ -113,6 +116,23 @@ def _single_nodes(model: ModelProto, keep: Collection[str]) -> set[str]:
         if node is not None and node.output[0] not in chosen:
             chosen.add(node.output[0])
             pending += node.input
+    return chosen | _of_running_sums(model)
+
+
+def _of_running_sums(model: ModelProto) -> set[str]:
+    """CumSum nodes, what moves their entries about, and the first that computes with them."""
+    readers: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in model.graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    pending = [node for node in model.graph.node if node.op_type == "CumSum"]
+    chosen = set()
+    while pending:
+        node = pending.pop()
+        if node.output[0] not in chosen:
+            chosen.add(node.output[0])
+            if node.op_type == "CumSum" or node.op_type in _MOVING:
+                pending += [reader for name in node.output for reader in readers[name]]
     return chosen
 
 

@@ -90,6 +90,24 @@ def test_positions_of_a_warp_stay_in_single_precision():
     np.testing.assert_allclose(run(half, **feeds)[0], run(graph, **feeds)[0], atol=4e-3)
 
 
+def test_a_running_sum_is_single_until_a_difference_is_taken():
+    """The sum of the last two of 4096 numbers: in half precision the running sum would stop at 2048."""
+    nodes = [
+        helper.make_node("CumSum", ["x", "axis"], ["sums"]),
+        helper.make_node("Gather", ["sums", "last"], ["b"]),
+        helper.make_node("Gather", ["sums", "before"], ["a"]),
+        helper.make_node("Sub", ["b", "a"], ["difference"]),
+        helper.make_node("Mul", ["difference", "two"], ["y"]),
+    ]
+    constants = {"axis": np.int64(0), "last": np.int64(4095), "before": np.int64(4093), "two": np.float32(2)}
+    graph = model(nodes, {"x": [4096]}, {"y": []}, constants)
+    half = to_half(graph)
+    found = types(half)
+    assert found["sums"] == found["b"] == found["difference"] == TensorProto.FLOAT
+    assert found["y__half"] == TensorProto.FLOAT16
+    assert run(half, x=np.ones(4096, np.float32))[0] == 4
+
+
 def test_a_node_may_be_kept_for_the_range_of_its_values():
     nodes = [
         helper.make_node("Mul", ["x", "large"], ["huge"]),
