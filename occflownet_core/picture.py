@@ -101,6 +101,45 @@ def draw_voxels(
     return _paint(pixels[in_front], lit[in_front], distance_m[in_front], view)
 
 
+def draw_mesh(
+    vertices_m: np.ndarray, triangles: np.ndarray, colors_rgb: np.ndarray, view: View, ego: bool = True
+) -> np.ndarray:
+    """Draw a mesh in the light that voxels stand in, far triangles first; both sides of a surface can be seen.
+
+    Args:
+        vertices_m: [V, 3], ego frame.
+        triangles: [T, 3], rows of ``vertices_m``.
+        colors_rgb: uint8 [V, 3].
+        view: from where, and how large.
+        ego: whether to draw the ego vehicle.
+
+    Returns:
+        uint8 RGB [height, width, 3].
+    """
+    eye_m = np.array(view.eye_m)
+    corners_m = vertices_m[triangles].astype(np.float64)  # [T, 3, 3]
+    normals = np.cross(corners_m[:, 1] - corners_m[:, 0], corners_m[:, 2] - corners_m[:, 0])
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
+    lit = colors_rgb[triangles].mean(axis=1) * _light(normals)[:, None]
+    if ego:
+        # As triangles: each face of the cuboid, cut along a diagonal.
+        faces, face_normals, half_sizes_m, face_colors = _cuboid_faces(_EGO_CENTRE_M, _EGO_HALF_SIZE_M, _EGO_RGB)
+        rings = _corners(faces, face_normals, half_sizes_m)  # [6, 4, 3]
+        corners_m = np.concatenate([corners_m, rings[:, [0, 1, 2]], rings[:, [0, 2, 3]]])
+        lit = np.concatenate([lit, *[face_colors * _light(face_normals)[:, None]] * 2])
+    pixels, depth_m = _project(corners_m, view)
+    in_front = (depth_m > _NEAREST_M).all(axis=1)
+    distance_m = np.linalg.norm(corners_m.mean(axis=1) - eye_m, axis=1)
+    return _paint(pixels[in_front], lit[in_front], distance_m[in_front], view, edged=False)
+
+
+def _light(normals: np.ndarray) -> np.ndarray:
+    """Light [n] on faces of any normal [n, 3], which is that of the voxels' faces along the axes."""
+    along = [_LIGHT[tuple(axis)] for axis in np.eye(3, dtype=int)]
+    against = [_LIGHT[tuple(-axis)] for axis in np.eye(3, dtype=int)]
+    return (normals**2 * np.where(normals > 0, along, against)).sum(axis=1)
+
+
 def _visible_faces(labels: np.ndarray, grid: VoxelGrid, eye_m: np.ndarray, colors_rgb: np.ndarray):
     """Faces between an occupied voxel and a free one (or the border): centres, normals, half sizes, colours."""
     occupied = np.pad(labels != FREE, 1)
@@ -155,7 +194,9 @@ def _project(points_m: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
     return pixels * _SUPERSAMPLING, depth_m
 
 
-def _paint(polygons: np.ndarray, colors: np.ndarray, distance_m: np.ndarray, view: View) -> np.ndarray:
+def _paint(
+    polygons: np.ndarray, colors: np.ndarray, distance_m: np.ndarray, view: View, edged: bool = True
+) -> np.ndarray:
     size = (view.height_px * _SUPERSAMPLING, view.width_px * _SUPERSAMPLING)
     canvas = np.empty((*size, 3), dtype=np.uint8)
     canvas[:] = BACKGROUND_RGB
@@ -169,7 +210,7 @@ def _paint(polygons: np.ndarray, colors: np.ndarray, distance_m: np.ndarray, vie
     order = np.argsort(-distance_m, kind="stable")
     order = order[in_picture[order]]
     fade_from, fade_to = _EDGED_FACE_PX
-    edge = np.clip((np.ptp(polygons, axis=1).min(axis=1) - fade_from) / (fade_to - fade_from), 0, 1)
+    edge = edged * np.clip((np.ptp(polygons, axis=1).min(axis=1) - fade_from) / (fade_to - fade_from), 0, 1)
     edge_colors = colors * (1 - _EDGE_DARKENING * edge)[:, None]
     fixed = np.round(polygons * (1 << _SUBPIXEL_BITS)).astype(np.int32)
     for face in order:

@@ -2,12 +2,14 @@
 """Pictures: what must be where, by hand; how they look is for eyes."""
 
 import numpy as np
+import trimesh
 
 from occflownet_core.grid import OCC3D_GRID, VoxelGrid
 from occflownet_core.labels import COLORS_RGB, FREE, label_of
 from occflownet_core.picture import (
     BACKGROUND_RGB,
     View,
+    draw_mesh,
     draw_voxels,
     legend,
     mosaic,
@@ -83,3 +85,26 @@ def test_mosaic_and_joins_keep_every_pixel():
     assert joined[170, 400].tolist() == [45] * 3
     assert stacked([joined, joined], 10).shape == (2 * 183 + 10, 486, 3)
     assert side_by_side([joined, titled(joined, "A title", "a note")]).shape == (183 + 38, 2 * 486 + 14, 3)
+
+
+def test_a_voxel_as_triangles_looks_like_a_voxel():
+    """Same silhouette, same light on every face; only the drawn edges of cubes differ."""
+    grid = VoxelGrid((-2, -2, 0), (2, 2, 2), 1.0)
+    labels = np.full(grid.shape, FREE, dtype=np.uint8)
+    labels[2, 1, 0] = 4
+    view = View((-4.0, -3.0, 4.0), (0.5, -0.5, 0.5), (0, 0, 1), 40.0, 120, 90)
+    box = trimesh.creation.box(extents=(1, 1, 1))
+    corners_m = box.vertices + grid.centres()[2, 1, 0]
+    colors = np.tile(COLORS_RGB[4], (len(corners_m), 1))
+    cube = draw_voxels(labels, grid, view, ego=False).astype(int)
+    mesh = draw_mesh(corners_m, box.faces, colors, view, ego=False).astype(int)
+    sky = BACKGROUND_RGB.astype(int)
+    assert ((cube == sky).all(axis=2) == (mesh == sky).all(axis=2)).mean() > 0.99
+    assert 0.03 < (mesh != sky).any(axis=2).mean() < 0.9
+    assert np.median(np.abs(cube - mesh)[(mesh != sky).any(axis=2)]) <= 8
+
+
+def test_a_mesh_without_triangles_is_the_background():
+    view = View((-4.0, 0.0, 4.0), (0.0, 0.0, 0.0), (0, 0, 1), 60.0, 40, 30)
+    nothing = draw_mesh(np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros((0, 3), np.uint8), view, ego=False)
+    assert nothing.shape == (30, 40, 3) and (nothing == BACKGROUND_RGB).all()
