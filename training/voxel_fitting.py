@@ -30,6 +30,16 @@ from training.objective import draw_rays
 RECIPE = LossConfig(return_weight=1.0, range_error="huber", range_weight=0.05, opacity_weight=0.2, semantic_weight=1.0)
 """The ray losses that ``training/configs/minicity_tiny.yaml`` trains with."""
 
+SURFACE_RECIPE = LossConfig(
+    range_error="huber",
+    range_weight=0.5,
+    semantic_weight=1.0,
+    free_point_weight=1.0,
+    occupied_point_weight=1.0,
+    point_semantic_weight=1.0,
+)
+"""Those of ``training/configs/minicity_tiny_surface.yaml``, which renders surfaces."""
+
 Level = tuple[int, int, int]
 """How many of the grid's cells one cell of a level covers along x, y and z."""
 
