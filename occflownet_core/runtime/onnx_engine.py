@@ -138,6 +138,7 @@ def _providers(provider: str, engine_cache: Path | None) -> list:
     """From the wanted one down to the CPU, which takes what the others leave."""
     chain: list = list(PROVIDERS.values())[list(PROVIDERS).index(provider) :]
     if provider == "tensorrt" and engine_cache is not None:
+        engine_cache.mkdir(parents=True, exist_ok=True)
         cache = {"trt_engine_cache_path": str(engine_cache), "trt_timing_cache_path": str(engine_cache)}
         chain[0] = (chain[0], {"trt_engine_cache_enable": True, "trt_timing_cache_enable": True, **cache})
     return chain
