@@ -173,12 +173,13 @@ def test_the_deployed_form_gives_labels_of_the_lattice(model):
     density, logits = (t[0].numpy() for t in field.lattice(model.config.grid))
     expected = 1 - np.exp(-0.4 * density)  # [Z, Y, X]
     threshold = float(np.median(expected))
-    labels, probability, state = DeployedModel(model)(
+    labels, probability, features, state = DeployedModel(model)(
         images(1, 5)[0], *arrays, torch.eye(4), torch.tensor(threshold), model.empty_state()
     )
     assert labels.dtype == torch.uint8
     assert labels.shape == probability.shape == model.config.grid.shape
     assert state.shape == (1, 10, 12, 16)
+    torch.testing.assert_close(features, field.features.movedim(1, -1))  # what queries read
     np.testing.assert_allclose(probability.numpy(), expected.transpose(2, 1, 0), atol=1e-6)
     occupied = (labels != 17).numpy()
     assert 0.4 < occupied.mean() < 0.6
