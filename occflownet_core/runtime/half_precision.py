@@ -28,7 +28,8 @@ def to_half(graph: ModelProto, keep_single: Collection[str] = ()) -> ModelProto:
 
     A GridSample stays in single precision, and so does all that leads to the positions it reads at: computed in eleven
     bits they would be off by decimetres in 80 m. So does a running sum (CumSum, by which splatting adds up a voxel's
-    points) until the difference of two of its entries is taken, and so do the nodes in ``keep_single``.
+    points) until the difference of two of its entries is taken, what is only handed through from an input to an output,
+    and the nodes in ``keep_single``.
 
     Args:
         graph: in single precision, its weights float32, or float16 with a cast behind them.
@@ -116,7 +117,20 @@ def _single_nodes(model: ModelProto, keep: Collection[str]) -> set[str]:
         if node is not None and node.output[0] not in chosen:
             chosen.add(node.output[0])
             pending += node.input
-    return chosen | _of_running_sums(model)
+    return chosen | _of_running_sums(model) | _handed_through(model, maker)
+
+
+def _handed_through(model: ModelProto, maker: dict[str, NodeProto]) -> set[str]:
+    """Nodes that only carry an input to an output, such as the cameras' matrices that stereo remembers for a frame."""
+    inputs, chosen = {value.name for value in model.graph.input}, set()
+    for output in model.graph.output:
+        name, carriers = output.name, []
+        while name in maker and maker[name].op_type in (*_MOVING, "Identity"):
+            carriers.append(maker[name].output[0])
+            name = maker[name].input[0]
+        if name in inputs:
+            chosen |= set(carriers)
+    return chosen
 
 
 def _of_running_sums(model: ModelProto) -> set[str]:

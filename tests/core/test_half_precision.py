@@ -108,6 +108,18 @@ def test_a_running_sum_is_single_until_a_difference_is_taken():
     assert run(half, x=np.ones(4096, np.float32))[0] == 4
 
 
+def test_what_is_handed_through_is_not_rounded():
+    nodes = [
+        helper.make_node("Unsqueeze", ["x", "first"], ["wide"]),
+        helper.make_node("Identity", ["wide"], ["same"]),
+        helper.make_node("Mul", ["x", "x"], ["y"]),
+    ]
+    graph = model(nodes, {"x": [1]}, {"same": [1, 1], "y": [1]}, {"first": np.array([0])})
+    same, squared = run(to_half(graph), x=np.array([122.88], np.float32))
+    assert same == np.float32(122.88) and squared != np.float32(122.88) ** 2
+    assert types(to_half(graph))["y__half"] == TensorProto.FLOAT16
+
+
 def test_a_node_may_be_kept_for_the_range_of_its_values():
     nodes = [
         helper.make_node("Mul", ["x", "large"], ["huge"]),
