@@ -59,8 +59,8 @@ class Method:
 
 
 METHODS = {
-    "sampled": Method("volume, 50 + 100 samples", RenderConfig(method="sampled"), RECIPE),
-    "traversal": Method("volume, exact traversal", RenderConfig(), RECIPE),
+    "sampled": Method("sampled", RenderConfig(method="sampled"), RECIPE),
+    "traversal": Method("traversal", RenderConfig(), RECIPE),
     "surface": Method("surface", replace(SURFACE, surface_first_steps=64), SURFACE_RECIPE),
     "points": Method(
         "points alone", replace(SURFACE, surface_steps=1), replace(SURFACE_RECIPE, range_weight=0, semantic_weight=0)
@@ -228,7 +228,7 @@ def show(results: dict[str, dict]) -> None:
         *(f"< {limit} m" for limit in WITHIN_M),
         "missed",
         "false",
-        "steps / CPU s",
+        "steps/s",
     )
     for heading in headings:
         learned.add_column(heading, justify="left" if heading in ("", "asked for") else "right")
@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dataroot", type=Path, help="data set in the nuScenes format, one of whose keyframes is fitted"
     )
-    parser.add_argument("--keyframe", type=int, default=3, help="which one (default %(default)s)")
+    parser.add_argument("--keyframe", type=int, default=20, help="which one (default %(default)s)")
     parser.add_argument("--steps", type=int, default=96, help="of the fit, 4,096 rays each (default %(default)s)")
     parser.add_argument("--rays", type=int, default=32_768, help="of the measured step (default %(default)s)")
     parser.add_argument(

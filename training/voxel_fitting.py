@@ -32,10 +32,11 @@ RECIPE = LossConfig(return_weight=1.0, range_error="huber", range_weight=0.05, o
 
 SURFACE_RECIPE = LossConfig(
     range_error="huber",
-    range_weight=0.5,
+    range_weight=3.0,
     semantic_weight=1.0,
     free_point_weight=1.0,
     occupied_point_weight=1.0,
+    free_space_margin_m=0.4,
     point_semantic_weight=1.0,
 )
 """Those of ``training/configs/minicity_tiny_surface.yaml``, which renders surfaces."""

@@ -65,10 +65,8 @@ def render(
 
 
 def as_rendered(field: Field, grid: VoxelGrid, config: RenderConfig) -> Field:
-    """The field that is rendered, as a function of points: the given one where it is read continuously, or its lattice.
-
-    Args: as for ``render``, which gives the same for either.
-    """
+    """The field that ``render`` reads, as a function of points: the given one where it is read continuously, or its
+    lattice between cell centres. Arguments as for ``render``, which gives the same for either."""
     if config.method != "traversal" and config.sampled_field == "continuous":
         return field
     # Optical depths add up over hundreds of cells: half precision ends with the network's output.

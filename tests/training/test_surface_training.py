@@ -68,8 +68,7 @@ def test_a_voxel_field_ends_rays_where_they_returned():
     origin = np.stack([np.full(600, 0.5), *random.uniform(1, 3, (2, 600))], axis=1)
     rays = Rays.from_numpy(origin, np.tile([1.0, 0, 0], (600, 1)), np.full(600, 6.3), np.full(600, 15))
     settings = FitSettings(steps=60, rays_per_step=400, current_share=None)
-    losses = replace(SURFACE_RECIPE, range_weight=0.5)
-    fitted = fit_voxels(rays[:500], StaticWorld(), grid, settings, losses, SURFACE)
+    fitted = fit_voxels(rays[:500], StaticWorld(), grid, settings, SURFACE_RECIPE, SURFACE)
     seen = render(fitted.field, rays[500:], grid, config=SURFACE)
     assert (seen.range_m - 6.3).abs().max() < 0.3
     assert (seen.logits.argmax(dim=1) == 15).all()
@@ -80,10 +79,8 @@ def test_the_shipped_configuration_trains_through_surfaces():
     base = TrainingConfig.from_yaml(CONFIGS / "minicity_tiny.yaml")
     assert (config.model, config.optimizer, config.data) == (base.model, base.optimizer, base.data)
     assert config.rendering.method == "surface"
-    names = ("free_point_weight", "occupied_point_weight", "point_semantic_weight")
-    assert {name: getattr(config.losses, name) for name in names} == {
-        name: getattr(SURFACE_RECIPE, name) for name in names
-    }
+    # What it adds of its own is the network's: depth and class of pixels.
+    assert replace(config.losses, depth_weight=0.05, image_semantic_weight=0.0) == SURFACE_RECIPE
 
 
 def test_losses_that_surfaces_cannot_have_are_refused_at_once(tmp_path):
