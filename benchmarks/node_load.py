@@ -10,7 +10,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from benchmarks.camera_streams import ANCHOR
 from occflownet_core.errors import OccflownetError
 from occflownet_ros.replay import (
     DIAGNOSTICS_PERIOD_S,
+    OUTPUTS,
     NodeProcess,
     Replay,
     activate,
@@ -117,6 +118,7 @@ def put_under_load(
     rate_hz: float,
     seconds: float,
     on_progress: Callable[[float], None] = lambda at_s: None,
+    heard: Sequence[str] = tuple(OUTPUTS),
 ) -> Load:
     """Start the node, send it streams, stop it.
 
@@ -128,6 +130,7 @@ def put_under_load(
         rate_hz: of each camera.
         seconds: of the streams.
         on_progress: takes the seconds since their beginning, once a second.
+        heard: outputs that somebody listens to.
 
     Raises:
         OccflownetError: a process failed; with its last words.
@@ -140,7 +143,7 @@ def put_under_load(
     command = [sys.executable, "-m", "benchmarks.camera_streams", "--bag", str(bag), "--transport", transport]
     command += ["--rate", str(rate_hz), "--seconds", str(seconds)]
     try:
-        with recording(load.replay, keep_frames=False):
+        with recording(load.replay, heard):
             activate(node)
             load.replay.seconds_to_active = time.monotonic() - node.started_s
             streams = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -9,6 +9,7 @@ out once (640 kB of labels, about 1 MB of cloud). Everything else is overhead.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
@@ -25,13 +26,17 @@ from occflownet_ros.command_line import exit_status
 
 LEAST_RATE_HZ = 4.0
 MOST_OUTSIDE_MS = {"compressed": 35.0, "raw": 30.0}
+NAMES = {"compressed": "JPEG", "raw": "raw"}
 MOST_RESIDENT_MB = 600.0
 MOST_SECONDS_TO_ACTIVE = 3.0
 
 
-def node_figures(load: Load, transport: str) -> list[Figure]:
+HEARD = {"labels": ("labels",), "all outputs": ("labels", "occupancy", "voxels", "costmap")}
+
+
+def node_figures(load: Load, transport: str, heard: str) -> list[Figure]:
     """What the node must keep."""
-    name = {"compressed": "JPEG", "raw": "raw"}[transport]
+    name = f"{NAMES[transport]}, {heard}"
     outside_ms = float(np.percentile(load.outside_engine_ms(), 95))
     rate_hz = load.replay.set_counts()["processed"] / load.seconds
     return [
@@ -95,7 +100,7 @@ def median_ms(*functions, rounds: int = 15) -> list[float]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.pipeline", description=__doc__.splitlines()[0])
     parser.add_argument("--transport", nargs="+", choices=("compressed", "raw"), default=["compressed", "raw"])
-    parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of each transport (default: 20)")
+    parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of each run (default: 20)")
     parser.add_argument("--threads", type=int, default=0, help="of the engine; 0 lets it choose (default: 0)")
     add_load_options(parser)
     return exit_status("benchmarks.pipeline", lambda: _run(parser.parse_args(argv)))
@@ -105,13 +110,22 @@ def _run(options: argparse.Namespace) -> None:
     parameters = {**node_parameters(options), "threads": options.threads}
     figures, found = [], {}
     with tempfile.TemporaryDirectory() as scratch, Console().status("") as status:
-        for transport in options.transport:
-            say = lambda at_s, transport=transport: status.update(f"six {transport} streams: {at_s:.0f} s")  # noqa: E731
-            logs = Path(scratch) / transport
+        for transport, heard in itertools.product(options.transport, HEARD):
+            name = f"{NAMES[transport]}, {heard} heard"
+            logs = Path(scratch) / name
             logs.mkdir()
-            load = put_under_load(options.bag, parameters, logs, transport, options.rate, options.seconds, say)
-            figures += node_figures(load, transport)
-            found[transport] = details(load)
+            load = put_under_load(
+                options.bag,
+                parameters,
+                logs,
+                transport,
+                options.rate,
+                options.seconds,
+                lambda at_s, name=name: status.update(f"{name}: {at_s:.0f} s"),
+                HEARD[heard],
+            )
+            figures += node_figures(load, transport, heard)
+            found[name] = details(load)
     seconds = load.replay.seconds_to_active
     figures.append(Figure("process start to active", seconds, MOST_SECONDS_TO_ACTIVE, "s", "at most"))
     figures.append(measure_decoding(options.bag, options.bundle))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,7 +47,7 @@ _NODE_INPUTS = (
     "nav_msgs/msg/Odometry",
 )
 
-_OUTPUTS = {"labels": UInt8MultiArray, "occupancy": PointCloud2, "voxels": MarkerArray, "costmap": OccupancyGrid}
+OUTPUTS = {"labels": UInt8MultiArray, "occupancy": PointCloud2, "voxels": MarkerArray, "costmap": OccupancyGrid}
 
 _TRANSITION_TIMEOUT_S = 120.0  # a machine that trains meanwhile is slow to load a model
 _STOP_TIMEOUT_S = 5.0
@@ -117,18 +117,17 @@ class Recorder(Node):
 
     Args:
         replay: that is filled.
-        keep_frames: keep labels, 640 kB a frame. Without, nothing is kept, and every output is received, not only labels:
-            what a node costs that RViz and a planner listen to.
+        heard: instead of keeping frames, 640 kB each, only receive these outputs (keys of ``OUTPUTS``).
     """
 
-    def __init__(self, replay: Replay, keep_frames: bool = True) -> None:
+    def __init__(self, replay: Replay, heard: Sequence[str] | None = None) -> None:
         super().__init__("occflownet_recorder")
         self._replay = replay
         queue = QoSProfile(depth=20)
-        if keep_frames:
+        if heard is None:
             self.create_subscription(UInt8MultiArray, f"/{NODE_NAME}/labels", self._labels, queue)
-        for name, kind in {} if keep_frames else _OUTPUTS.items():
-            self.create_subscription(kind, f"/{NODE_NAME}/{name}", lambda serialised: None, queue, raw=True)
+        for name in heard or ():
+            self.create_subscription(OUTPUTS[name], f"/{NODE_NAME}/{name}", lambda serialised: None, queue, raw=True)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._diagnostics, queue)
         for stage in STAGES:
             self.create_subscription(Float64, f"/{NODE_NAME}/latency/{stage}", self._latency(stage), queue)
@@ -215,10 +214,10 @@ def process_environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def recording(replay: Replay, keep_frames: bool = True) -> Iterator[None]:
-    """Spin a recorder in a thread of its own; rclpy is initialised and shut down around it."""
+def recording(replay: Replay, heard: Sequence[str] | None = None) -> Iterator[None]:
+    """Spin a ``Recorder`` in a thread of its own; rclpy is initialised and shut down around it."""
     rclpy.init()
-    recorder = Recorder(replay, keep_frames)
+    recorder = Recorder(replay, heard)
     executor = SingleThreadedExecutor()
     executor.add_node(recorder)
 
