@@ -18,8 +18,10 @@ UNCONFIGURED, INACTIVE = State.PRIMARY_STATE_UNCONFIGURED, State.PRIMARY_STATE_I
 ACTIVE, FINALIZED = State.PRIMARY_STATE_ACTIVE, State.PRIMARY_STATE_FINALIZED
 
 _NAMES = {CONFIGURE: "configure", ACTIVATE: "activate", DEACTIVATE: "deactivate", CLEANUP: "cleanup"}
+_GOALS = {CONFIGURE: INACTIVE, ACTIVATE: ACTIVE, DEACTIVATE: INACTIVE, CLEANUP: UNCONFIGURED}
 _POLL_S = 0.02
 _ANSWER_S = 3.0
+_TRANSITION_S = 8.0
 
 
 class LifecycleError(OccflownetError):
@@ -28,6 +30,9 @@ class LifecycleError(OccflownetError):
 
 def change_state(node: Node, target: str, transition: int, timeout_s: float) -> None:
     """Ask a lifecycle node for a transition and wait until it is done.
+
+    Requests and answers may be lost while the two sides are still getting to know each other: where no answer comes, the
+    node's state tells whether it was done, and it is asked again where it was not.
 
     Args:
         node: who asks; spun meanwhile, so it must not be in another executor.
@@ -40,7 +45,14 @@ def change_state(node: Node, target: str, transition: int, timeout_s: float) -> 
     """
     name = _NAMES.get(transition, f"transition {transition}")
     request = ChangeState.Request(transition=Transition(id=transition))
-    answer = _call(node, ChangeState, f"{target}/change_state", request, timeout_s)
+    until_s, answer, was_lost = time.monotonic() + timeout_s, None, False
+    while answer is None and (left_s := until_s - time.monotonic()) > 0:
+        answer = _call(node, ChangeState, f"{target}/change_state", request, min(left_s, _TRANSITION_S))
+        was_lost |= answer is None
+        left_s = until_s - time.monotonic()
+        is_open = was_lost and (answer is None or not answer.success) and left_s > 0
+        if is_open and state_of(node, target, left_s) == _GOALS.get(transition):
+            return
     if answer is None:
         raise LifecycleError(f"{target} did not finish '{name}' within {timeout_s:g} s; is the node running?")
     if not answer.success:

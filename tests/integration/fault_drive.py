@@ -59,9 +59,13 @@ def active_node(vehicle: Vehicle, folder: Path, bundle: Path, **values: object) 
     save_rig(rig_of(vehicle.cameras), folder / "rig.yaml")
     defaults = {"calibration_file": folder / "rig.yaml", "threads": 1, "image_reliability": "reliable"}
     node = NodeProcess(folder / "log.txt", bundle=bundle, **{**defaults, **values})
-    change_state(vehicle.node, "occflownet", CONFIGURE, PATIENT_S)
-    change_state(vehicle.node, "occflownet", ACTIVATE, PATIENT_S)
-    assert vehicle.wait(vehicle.is_heard, PATIENT_S)
+    try:
+        change_state(vehicle.node, "occflownet", CONFIGURE, PATIENT_S)
+        change_state(vehicle.node, "occflownet", ACTIVATE, PATIENT_S)
+        assert vehicle.wait(vehicle.is_heard, PATIENT_S)
+    except BaseException:
+        node.close()  # or the next test would find two of them
+        raise
     return node
 
 

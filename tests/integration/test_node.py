@@ -147,7 +147,9 @@ def test_diagnostics_are_good_then(running, vehicle):
     assert vehicle.status("calibration")["tables built"] == "1"
     assert vehicle.status("calibration")["extrinsics"] == "calibration_file"
     assert vehicle.status("ego motion")["source"] == "odometry on /odom"
-    assert vehicle.status("ego motion")["interpolated"] == "3"
+    # Odometry that is late on a busy machine is extrapolated.
+    ego_motion = vehicle.status("ego motion")
+    assert int(ego_motion["interpolated"]) + int(ego_motion.get("extrapolated", 0)) == 3
     assert vehicle.status("ego motion")["reset first_set"] == "1"
     assert "reset pose_jump" not in vehicle.status("ego motion")
     for name in CAMERAS:
