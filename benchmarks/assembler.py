@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import Figure, publish
-from occflownet_ros.command_line import exit_status
+from occflownet_core.command_line import exit_status
 from occflownet_ros.frame_assembler import DROP, FrameAssembler
 
 MOST_OF_A_CORE_PERCENT = 10.0

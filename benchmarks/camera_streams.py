@@ -26,9 +26,9 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message, serialize_message
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
+from occflownet_core.command_line import exit_status
 from occflownet_core.errors import BagError, OccflownetError
 from occflownet_ros.bag import Bag
-from occflownet_ros.command_line import exit_status
 from occflownet_ros.conversions import time_message
 
 ANCHOR = "CAM_FRONT"

@@ -23,6 +23,7 @@ from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
 from benchmarks.report import Figure, publish
+from occflownet_core.command_line import exit_status
 from occflownet_core.errors import DatasetError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.mesh import march
@@ -31,7 +32,6 @@ from occflownet_core.query import POINTS_AT_A_TIME, batches
 from occflownet_core.runtime.bundle import Bundle, load_bundle
 from occflownet_core.runtime.engine import create_engine
 from occflownet_core.runtime.field_query import FieldQuery, FrameField
-from occflownet_ros.command_line import exit_status
 from occflownet_ros.engine_inputs import bag_inputs
 from occflownet_ros.query_tool import levels_for
 from occflownet_ros.share import share_path

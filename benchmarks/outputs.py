@@ -35,6 +35,7 @@ from std_msgs.msg import ColorRGBA
 from visualization_msgs.msg import Marker, MarkerArray
 
 from benchmarks.report import Figure, publish
+from occflownet_core.command_line import exit_status
 from occflownet_core.depth_tables import DepthTable, depth_camera
 from occflownet_core.errors import OccflownetError
 from occflownet_core.grid import OCC3D_GRID
@@ -42,7 +43,6 @@ from occflownet_core.labels import CLASS_NAMES, COLORS_RGB, FREE
 from occflownet_core.occupancy_frame import OccupancyFrame, surface_voxels
 from occflownet_core.rig_file import load_rig
 from occflownet_ros import conversions
-from occflownet_ros.command_line import exit_status
 from occflownet_ros.parameters import Settings
 from occflownet_ros.publishers import Outputs
 from occflownet_ros.replay import process_environment

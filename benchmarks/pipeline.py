@@ -21,8 +21,8 @@ from rich.console import Console
 
 from benchmarks.node_load import Load, add_load_options, node_parameters, put_under_load
 from benchmarks.report import Figure, publish
+from occflownet_core.command_line import exit_status
 from occflownet_core.runtime.bundle import load_bundle
-from occflownet_ros.command_line import exit_status
 
 LEAST_RATE_HZ = 4.0
 MOST_OUTSIDE_MS = {"compressed": 35.0, "raw": 30.0}

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from benchmarks.node_load import Load, Sample, add_load_options, node_parameters, put_under_load
 from benchmarks.report import Figure, publish
+from occflownet_core.command_line import exit_status
 from occflownet_core.errors import OccflownetError
-from occflownet_ros.command_line import exit_status
 
 WARM_UP_S = 60.0
 MOST_GROWTH_MB = 10.0

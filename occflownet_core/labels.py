@@ -141,3 +141,14 @@ def label_of(name: str) -> int:
     if name not in CLASS_NAMES:
         raise DatasetError(f"unknown class '{name}'; the classes are {', '.join(CLASS_NAMES)}")
     return CLASS_NAMES.index(name)
+
+
+def labels_above(threshold: float, probability: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """uint8 labels, any shape: the class where the probability is above the threshold, FREE elsewhere.
+
+    Args:
+        threshold: compared in single precision, as exported graphs do.
+        probability: float32, of being occupied.
+        label: uint8, the class that a voxel has if it is occupied.
+    """
+    return np.where(probability > np.float32(threshold), label, FREE).astype(np.uint8)

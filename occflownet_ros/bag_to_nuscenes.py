@@ -20,10 +20,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from occflownet_core.command_line import exit_status
 from occflownet_core.errors import BagError, ConfigError
 from occflownet_ros.bag import Bag
 from occflownet_ros.bag_survey import Survey
-from occflownet_ros.command_line import exit_status
 from occflownet_ros.drive_plan import Planner
 from occflownet_ros.drive_recording import read_recording
 from occflownet_ros.drive_writer import DriveSummary, RootWriter

@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from occflownet_core import picture
+from occflownet_core.command_line import exit_status
 from occflownet_core.errors import OccflownetError
 from occflownet_core.labels import CLASS_NAMES, COLORS_RGB, FREE
 from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_core.runtime.bundle import Bundle, load_bundle
-from occflownet_ros.command_line import exit_status
 from occflownet_ros.ground_truth import score
 from occflownet_ros.parameters import EVERY_SET
 from occflownet_ros.share import share_path

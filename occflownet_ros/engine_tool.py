@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from occflownet_core.command_line import exit_status
 from occflownet_core.errors import DatasetError, EngineError
 from occflownet_core.runtime.bundle import Bundle, load_bundle
 from occflownet_core.runtime.comparison import (
@@ -32,7 +33,6 @@ from occflownet_core.runtime.engine import (
     create_engine,
     engine_cache_folder,
 )
-from occflownet_ros.command_line import exit_status
 from occflownet_ros.drive_arguments import add_drive, image_sets, require_one_kind
 
 PROGRAM = "occflownet-engine"

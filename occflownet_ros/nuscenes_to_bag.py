@@ -25,11 +25,11 @@ from rich.table import Table
 from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
+from occflownet_core.command_line import exit_status
 from occflownet_core.errors import BagError, DatasetError
 from occflownet_core.poses import RecordedPose
 from occflownet_core.rig_file import save_rig
 from occflownet_ros import nuscenes_messages as messages
-from occflownet_ros.command_line import exit_status
 from occflownet_ros.nuscenes_scene import (
     LIDAR,
     Keyframe,

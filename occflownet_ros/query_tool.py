@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from occflownet_core.command_line import exit_status
 from occflownet_core.errors import DatasetError, GeometryError, OccflownetError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import CLASS_NAMES, FREE
@@ -24,7 +25,6 @@ from occflownet_core.query import FieldSamples
 from occflownet_core.runtime.bundle import Bundle, load_bundle
 from occflownet_core.runtime.engine import create_engine
 from occflownet_core.runtime.field_query import FieldQuery, FrameField
-from occflownet_ros.command_line import exit_status
 from occflownet_ros.drive_arguments import add_drive, image_sets, require_one_kind
 
 PROGRAM = "occflownet-query"

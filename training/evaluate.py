@@ -24,7 +24,7 @@ from rich.progress import track
 from occflownet_core import poses
 from occflownet_core.errors import DatasetError, OccflownetError
 from occflownet_core.evaluation import OccupancyEvaluation, voxel_scores_to_dict
-from occflownet_core.labels import FREE
+from occflownet_core.labels import labels_above
 from occflownet_core.metrics import ThresholdSweep, VoxelScores
 from occflownet_core.ray_metrics import ray_origins_m
 from occflownet_core.runtime.bundle import Bundle, load_bundle
@@ -61,7 +61,7 @@ class KeyframeResult:
         """uint8 [X, Y, Z], occupied where the probability is above the threshold, as the graph itself decides."""
         if self.probability is None:
             return self.label
-        return np.where(self.probability > np.float32(threshold), self.label, FREE).astype(np.uint8)
+        return labels_above(threshold, self.probability, self.label)
 
 
 def run_keyframes(engine: Engine, index: KeyframeIndex, reference: Reference = "lidar") -> Iterator[KeyframeResult]:

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from occflownet_core.errors import ConfigError, OccflownetError
+from occflownet_core.command_line import exit_status
+from occflownet_core.errors import ConfigError
 from occflownet_core.evaluation import OccupancyEvaluation
 from occflownet_core.grid import OCC3D_GRID
 from occflownet_core.losses import LossConfig
@@ -51,19 +52,15 @@ Without lidarseg or panoptic labels (--labels none) only what is occupied is fou
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    console = Console()
-    try:
-        _check(options)
-        version = options.version or only_version(options.dataroot)
-        index = KeyframeIndex(options.dataroot, version, scenes=options.scenes)
-        for name in index.scenes:
-            print_report(fit_one(index, name, options, console), console)
-    except OccflownetError as error:
-        print(f"fit_scene: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status("fit_scene", lambda: _run(options, Console()))
+
+
+def _run(options: argparse.Namespace, console: Console) -> None:
+    _check(options)
+    version = options.version or only_version(options.dataroot)
+    index = KeyframeIndex(options.dataroot, version, scenes=options.scenes)
+    for name in index.scenes:
+        print_report(fit_one(index, name, options, console), console)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ import torch
 from occflownet_core import poses
 from occflownet_core.boxes import MovingBoxes
 from occflownet_core.errors import DatasetError
+from occflownet_core.field import occupancy_probability
 from occflownet_core.grid import OCC3D_GRID, VoxelGrid
-from occflownet_core.interpolate import nearest, trilinear
-from occflownet_core.labels import BOXED_CLASSES, FREE
+from occflownet_core.interpolate import nearest
+from occflownet_core.labels import BOXED_CLASSES, labels_above
 from occflownet_core.motion import BoxFlow
 from occflownet_core.renderer import Rays, render
 from occflownet_core.renderer.volume import RenderedRays
@@ -52,8 +54,9 @@ class Scene:
     rays: Rays
     boxes: MovingBoxes
 
-    @property
+    @cached_property
     def motion(self) -> BoxFlow:
+        """From what rays meet to where it lies in the field."""
         return BoxFlow(self.boxes, BOX_SCALE, still_m=0.0)
 
 
@@ -196,7 +199,7 @@ class KeyframeLabels:
 
     def labels_at(self, threshold: float) -> np.ndarray:
         """uint8: the class, or FREE where the probability is not above the threshold."""
-        return np.where(self.probability > threshold, self.label, FREE).astype(np.uint8)
+        return labels_above(threshold, self.probability, self.label)
 
 
 def keyframe_labels(scene: Scene, fitted: FittedVoxels, k: int, grid: VoxelGrid = OCC3D_GRID) -> KeyframeLabels:
@@ -206,9 +209,8 @@ def keyframe_labels(scene: Scene, fitted: FittedVoxels, k: int, grid: VoxelGrid 
     points_m = torch.from_numpy(centres_m).float()
     batch = torch.zeros(len(points_m), dtype=torch.int64)
     points_m, present = scene.motion.content(points_m, torch.full_like(batch, k + 1), batch, fitted.field)
-    density = trilinear(fitted.activation.density(fitted.pre_density)[:, None], scene.grid, points_m, batch)[:, 0]
-    probability = 1 - torch.exp(-density * grid.voxel_size_m)
-    logits = trilinear(fitted.logits, scene.grid, points_m, batch)
+    probability = occupancy_probability(fitted.field.density(points_m, batch), grid.voxel_size_m)
+    logits = fitted.field.semantics(points_m, batch)
     seen = nearest(fitted.seen[:, None].float(), scene.grid, points_m, batch)[:, 0] > 0
     return KeyframeLabels(
         torch.where(present, probability, 0.0).view(grid.shape).numpy(),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from occflownet_core.field import FieldConfig, FieldDecoder, occupancy_probability
 from occflownet_core.grid import VoxelGrid
-from occflownet_core.labels import FREE, OCCUPIED_CLASSES
+from occflownet_core.labels import OCCUPIED_CLASSES, labels_above
 from occflownet_core.losses import LossConfig
 from occflownet_core.motion import StaticWorld
 from occflownet_core.point_losses import supervised_rays
@@ -100,7 +101,7 @@ class FittedVoxels:
     activation: FieldDecoder
     terms: dict[str, float]
 
-    @property
+    @cached_property
     def field(self) -> VoxelField:
         """The field as the renderer takes it."""
         return VoxelField(self.activation.density(self.pre_density), self.logits, self.grid)
@@ -108,8 +109,7 @@ class FittedVoxels:
     @property
     def probability(self) -> np.ndarray:
         """float32 [X, Y, Z] of each cell being occupied."""
-        density = self.activation.density(self.pre_density[0])
-        return occupancy_probability(density, self.grid.voxel_size_m).permute(2, 1, 0).numpy()
+        return occupancy_probability(self.field.density_lattice[0], self.grid.voxel_size_m).permute(2, 1, 0).numpy()
 
     @property
     def label(self) -> np.ndarray:
@@ -118,7 +118,7 @@ class FittedVoxels:
 
     def labels_at(self, threshold: float) -> np.ndarray:
         """uint8 [X, Y, Z]: the class, or FREE where the probability is not above the threshold."""
-        return np.where(self.probability > threshold, self.label, FREE).astype(np.uint8)
+        return labels_above(threshold, self.probability, self.label)
 
 
 def voxel_activation(settings: FitSettings, density: str = "softplus") -> FieldDecoder:

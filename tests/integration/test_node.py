@@ -52,13 +52,6 @@ PATIENT_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def vehicle():
-    vehicle = Vehicle()
-    yield vehicle
-    vehicle.close()
-
-
-@pytest.fixture(scope="module")
 def calibration_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("calibration") / "rig.yaml"
     save_rig(ring_rig(), path)

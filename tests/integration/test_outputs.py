@@ -30,13 +30,6 @@ CAMERA = 2
 
 
 @pytest.fixture(scope="module")
-def vehicle():
-    vehicle = Vehicle()
-    yield vehicle
-    vehicle.close()
-
-
-@pytest.fixture(scope="module")
 def running(vehicle, tmp_path_factory):
     folder: Path = tmp_path_factory.mktemp("node")
     save_rig(ring_rig(), folder / "rig.yaml")
