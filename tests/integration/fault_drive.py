@@ -57,7 +57,8 @@ def rig_of(cameras: tuple[str, ...]) -> CameraRig:
 def active_node(vehicle: Vehicle, folder: Path, bundle: Path, **values: object) -> NodeProcess:
     """A node of this bundle that listens to the vehicle."""
     save_rig(rig_of(vehicle.cameras), folder / "rig.yaml")
-    defaults = {"calibration_file": folder / "rig.yaml", "threads": 1, "image_reliability": "reliable"}
+    reliable = {"image_reliability": "reliable", "odom_reliability": "reliable"}
+    defaults = {"calibration_file": folder / "rig.yaml", "threads": 1, **reliable}
     node = NodeProcess(folder / "log.txt", bundle=bundle, **{**defaults, **values})
     try:
         change_state(vehicle.node, "occflownet", CONFIGURE, PATIENT_S)

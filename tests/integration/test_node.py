@@ -68,6 +68,7 @@ def running(vehicle, tiny_bundle, calibration_file, tmp_path_factory):
         anchor_camera="CAM_FRONT",
         deadline_ms=PATIENT_MS,
         image_reliability="reliable",
+        odom_reliability="reliable",  # the tests count every pose
     )
     try:
         change_state(vehicle.node, "occflownet", CONFIGURE, 2 * PATIENT_S)

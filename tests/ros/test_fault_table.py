@@ -8,7 +8,12 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TABLE = (REPOSITORY / "docs" / "faults.md").read_text()
-FAULT_TESTS = ("integration/test_faults.py", "integration/test_process_faults.py", "ros/test_pipeline_faults.py")
+FAULT_TESTS = (
+    "integration/test_faults.py",
+    "integration/test_interrupts.py",
+    "integration/test_process_faults.py",
+    "ros/test_pipeline_faults.py",
+)
 
 
 def defined_in(path: Path) -> set[str]:
