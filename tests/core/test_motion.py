@@ -11,70 +11,26 @@ from hypothesis import strategies as st
 
 from occflownet_core.boxes import MovingBoxes
 from occflownet_core.errors import GeometryError
-from occflownet_core.grid import VoxelGrid
 from occflownet_core.interpolate import nearest
 from occflownet_core.motion import BoxFlow, DynamicFilter, LearnedFlow, StaticWorld
 from occflownet_core.renderer import Rays, RenderConfig, render
 from occflownet_core.voxel_field import VoxelField
+from tests.core.motion_scenes import (
+    ABSENT,
+    CAR,
+    EXACT,
+    GRID,
+    ROAD,
+    WALL,
+    boxes,
+    content_by_loops,
+    empty_field,
+    moved_scene,
+    one_ray,
+    put,
+    seen_along,
+)
 from tests.core.rendering_twins import random_rays, render_by_tiny_steps, yaw_pose
-
-GRID = VoxelGrid((-4, -4, -1), (4, 4, 1), 0.5)
-EXACT = RenderConfig(min_transmittance=0.0, min_weight=0.0)
-ABSENT = np.full((4, 4), np.nan)
-CAR, ROAD, WALL = 4, 11, 15
-
-
-def boxes(*rows, time: int = 1) -> MovingBoxes:
-    """Rows of (pose now, pose then, size) and perhaps a label."""
-    return MovingBoxes.from_numpy(
-        np.array([r[0] for r in rows]),
-        np.array([r[1] for r in rows]),
-        np.array([r[2] for r in rows]),
-        np.array([r[3] if len(r) > 3 else CAR for r in rows]),
-        np.full(len(rows), time),
-    )
-
-
-def empty_field() -> tuple[torch.Tensor, torch.Tensor]:
-    shape = GRID.shape[::-1]
-    return torch.zeros(1, *shape).double(), torch.zeros(1, 17, *shape).double()
-
-
-def put(field, lower, upper, density, label):
-    """Fill the cells whose centres lie between two corners."""
-    centres = GRID.centres().transpose(2, 1, 0, 3)
-    chosen = torch.tensor(((centres > lower) & (centres < upper)).all(axis=-1))
-    field[0][0, chosen] = density
-    field[1][0, :, chosen] = 0.0
-    field[1][0, label, chosen] = 5.0
-
-
-def one_ray(origin, direction, time=1, **kwargs) -> Rays:
-    return Rays.from_numpy([origin], [direction], [1.0], [CAR], time_index=time, dtype=torch.float64, **kwargs)
-
-
-def seen_along(field, rays, motion, config=EXACT):
-    return render(VoxelField(*field, GRID), rays, GRID, motion, config)
-
-
-def content_by_loops(flow_boxes: MovingBoxes, scale: float, point: np.ndarray, time: int):
-    """METHOD section 4's sentence, word by word; None is empty. Where boxes overlap the smaller one wins."""
-
-    def holds(pose, size):
-        local = np.linalg.inv(pose) @ np.append(point, 1)
-        return (np.abs(local[:3]) <= scale * size / 2).all()
-
-    order = np.argsort([float(s.prod()) for s in flow_boxes.size_m], kind="stable")
-    rows = [i for i in order if int(flow_boxes.time_index[i]) == time]
-    for i in rows:
-        now, then = flow_boxes.ego_from_box_now[i].numpy(), flow_boxes.ego_from_box_then[i].numpy()
-        if np.isfinite(now).all() and np.isfinite(then).all() and holds(then, flow_boxes.size_m[i].numpy()):
-            return (now @ np.linalg.inv(then) @ np.append(point, 1))[:3]
-    for i in rows:
-        now = flow_boxes.ego_from_box_now[i].numpy()
-        if np.isfinite(now).all() and holds(now, flow_boxes.size_m[i].numpy()):
-            return None
-    return point
 
 
 def random_boxes(seed: int, count: int = 4) -> MovingBoxes:
@@ -131,28 +87,6 @@ def test_pieces_of_rays_say_the_same_as_points(seed):
             if there:
                 ours = pieces.origin_m[covering[0]] + t * pieces.direction[covering[0]]
                 torch.testing.assert_close(ours, expected, atol=1e-9, rtol=0)
-
-
-def moved_scene(now: np.ndarray, then: np.ndarray, size=(2.0, 1.0, 1.0)):
-    """A random object in a random world: the field now; and the field at t, its content placed there by brute force."""
-    generator = torch.Generator().manual_seed(0)
-    shape = GRID.shape[::-1]
-    field = (
-        torch.rand((1, *shape), generator=generator, dtype=torch.float64) * 2,
-        torch.randn((1, 17, *shape), generator=generator, dtype=torch.float64),
-    )
-    placed = (field[0].clone(), field[1].clone())
-    there = boxes((now, then, size))
-    for index in np.ndindex(GRID.shape):
-        x, y, z = index
-        source = content_by_loops(there, 1.0, GRID.centres()[index], 1)
-        if source is None:
-            placed[0][0, z, y, x] = 0
-            continue
-        (i, j, k), inside = GRID.cells(source)
-        placed[0][0, z, y, x] = field[0][0, k, j, i] if inside else 0
-        placed[1][0, :, z, y, x] = field[1][0, :, k, j, i] if inside else 0
-    return field, placed, BoxFlow(there, scale=1.0)
 
 
 @pytest.mark.parametrize(
@@ -320,57 +254,6 @@ def test_dynamic_filter_gives_filtered_voxels_no_gradient_from_neighbours():
     render(VoxelField(density, field[1], GRID), rays, GRID, DynamicFilter(), EXACT).range_m.sum().backward()
     x, y, z = GRID.cells(np.array([1.2, 0.2, 0.2]))[0]
     assert density.grad[0, z, y, x] == 0 and density.grad[0, z, y, 15] != 0
-
-
-def constant_flow(velocity) -> LearnedFlow:
-    return LearnedFlow(lambda points, batch: velocity.to(points).expand(len(points), 3))
-
-
-@pytest.mark.parametrize("config", [EXACT, RenderConfig(method="sampled")])
-def test_a_learned_flow_moves_content_by_velocity_times_time(config):
-    # 2 m/s along x for two keyframes of 0.5 s: four cells of 0.5 m.
-    field, _, _ = moved_scene(yaw_pose(-1, -1, 0), yaw_pose(1, 1, 0))
-    for volume in field:
-        volume[..., -5:] = 0
-        volume[..., :5] = 0
-    placed = tuple(volume.roll(4, dims=-1) for volume in field)
-    rays = random_rays(50, seed=1, times=(2,))
-    ours = seen_along(field, rays, constant_flow(torch.tensor([2.0, 0, 0])), config)
-    expected = seen_along(placed, rays, constant_flow(torch.zeros(3)), config)
-    torch.testing.assert_close(ours.range_m, expected.range_m, atol=1e-7, rtol=0)
-    torch.testing.assert_close(ours.logits, expected.logits, atol=1e-7, rtol=0)
-
-
-def test_a_learned_flow_leaves_the_present_alone():
-    field, _, _ = moved_scene(yaw_pose(-1, -1, 0), yaw_pose(1, 1, 0))
-    rays = random_rays(20, times=(0,))
-    ours = seen_along(field, rays, constant_flow(torch.ones(3)))
-    assert torch.equal(ours.range_m, seen_along(field, rays, StaticWorld()).range_m)
-
-
-def test_fixed_point_steps_find_where_content_comes_from():
-    # v = a p: p = p0 (1 + a dt), so p0 = p / (1 + a dt); each step gains a factor of |a dt| = 0.1.
-    flow = LearnedFlow(lambda points, batch: 0.2 * points, steps=8)
-    points = torch.tensor([[1.0, -2.0, 0.5]]).double()
-    now, present = flow.content(points, torch.tensor([1]), torch.tensor([0]), field=None)
-    torch.testing.assert_close(now, points / 1.1, atol=1e-8, rtol=0)
-    assert present.all()
-
-
-def test_velocity_learns_from_ranges():
-    field, _, _ = moved_scene(yaw_pose(-1, -1, 0), yaw_pose(1, 1, 0))
-    rays = random_rays(6, seed=1, reach_m=0.9, times=(1, -1))
-
-    def ranges(velocity):
-        return seen_along(field, rays, constant_flow_of(velocity)).range_m
-
-    def constant_flow_of(velocity):
-        return LearnedFlow(lambda points, batch: velocity.expand(len(points), 3), steps=2)
-
-    velocity = torch.tensor([0.313, -0.207, 0.05]).double().requires_grad_()
-    assert torch.autograd.gradcheck(ranges, (velocity,), atol=1e-5)
-    ranges(velocity).sum().backward()
-    assert velocity.grad.abs().min() > 1e-3
 
 
 def test_mixed_rays_come_back_in_their_own_order():
