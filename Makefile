@@ -78,12 +78,21 @@ $(ABLATION)/9701/.complete: | $(STAMPS)-test
 	$(MINICITY) --out $(@D) --scenes 4 --keyframes 6 --seed 9701
 	@touch $@
 
-ablation: $(ABLATION_ROOTS:%=%/.complete) $(ABLATION)/9701/.complete
+# Labels made by fitting whole logs, for the rows that compare ways to the same labels.
+ALTERNATIVE_ROOTS := $(ABLATION)/501 $(ABLATION)/502
+
+$(ABLATION)/50%/.fitted: $(ABLATION)/50%/.complete
+	$(BIN)/python -m training.fit_scene --dataroot $(@D) --out $(@D)/gts_fitted --pictures 0
+	@touch $@
+
+ablation: $(ABLATION_ROOTS:%=%/.complete) $(ALTERNATIVE_ROOTS:%=%/.fitted) $(ABLATION)/9701/.complete
 	$(BIN)/python -m benchmarks.supervision --dataroot $(ABLATION)/501 --out $(ABLATION) --pictures --page docs/ablation.md
 	$(BIN)/python -m benchmarks.supervision --dataroot $(ABLATION)/501 --out $(ABLATION) --page docs/ablation.md \
 	  --rows single static filter flow --keyframes 3 --steps 64
 	$(BIN)/python -m benchmarks.network_training --dataroot $(ABLATION_ROOTS) --val-dataroot $(ABLATION)/9701 \
-	  --out $(ABLATION) --page docs/ablation.md
+	  --out $(ABLATION) --page docs/ablation.md --rows single static filter flow 2d3d 3d
+	$(BIN)/python -m benchmarks.network_training --dataroot $(ALTERNATIVE_ROOTS) --val-dataroot $(ABLATION)/9701 \
+	  --out $(ABLATION)/alternatives --page docs/ablation.md --section alternatives --rows flow surface fitted 3d
 
 lint: $(STAMPS)-test
 	$(BIN)/ruff check .

@@ -13,10 +13,11 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 
 from benchmarks.paired_tables import Scores, TextTable, difference_table, mean_table, publish
@@ -49,6 +50,25 @@ class NetworkRow:
     seeds: int = 1
 
 
+CONFIGS = Path("training/configs")
+
+
+def overrides(path: Path) -> tuple[str, ...]:
+    """What a configuration changes in the one that it is based on, as options of ``training.fit``."""
+
+    def flat(values: dict, prefix: str) -> Iterator[str]:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield from (f"--{prefix}{name}", str(value))
+
+    return tuple(flat({k: v for k, v in yaml.safe_load(path.read_text()).items() if k != "base"}, ""))
+
+
+FITTED = "gts_fitted"
+"""Folder of the labels that ``training.fit_scene`` has written into each root."""
+
 _STATIC = ("--motion.kind", "static")
 ROWS = {
     "single": NetworkRow(
@@ -59,6 +79,10 @@ ROWS = {
     "flow": NetworkRow("2D, 7 keyframes, box flow", "filter", ("--motion.kind", "box_flow"), seeds=3),
     "2d3d": NetworkRow("2D with box flow, and 3D", "3d", ("--motion.kind", "box_flow", "--supervision.kind", "2d3d")),
     "3d": NetworkRow("3D", "flow", ("--supervision.kind", "3d")),
+    "surface": NetworkRow("2D, box flow, surfaces", "flow", overrides(CONFIGS / "minicity_tiny_surface.yaml")),
+    "fitted": NetworkRow(
+        "voxels fitted to whole logs", "flow", ("--supervision.kind", "3d", "--data.labels_folder", FITTED)
+    ),
 }
 
 
@@ -232,7 +256,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
             run.carry_out(options, console)
     made = tables([run for row in runs.values() for run in row], f"{options.config.stem}, {options.steps} steps")
     out = options.out / f"networks_{options.config.stem}_{options.steps}.md"
-    publish(made, out, options.threads, options.page, "networks", console)
+    publish(made, out, options.threads, options.page, options.section, console)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -240,7 +264,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.network_training",
         description="Train small networks with different supervision, alike in all else, and evaluate them on held-out "
         "scenes. Finished runs are kept, interrupted ones go on.",
-        epilog="rows: " + ", ".join(f"{key} ({row.title}; {row.seeds} seed(s))" for key, row in ROWS.items()),
+        epilog="rows: "
+        + ", ".join(f"{key} ({row.title}; {row.seeds} seed(s))" for key, row in ROWS.items())
+        + f". Row 'fitted' learns from DIR/{FITTED} of each root, which python -m training.fit_scene --dataroot DIR --out "
+        f"DIR/{FITTED} makes.",
     )
     parser.add_argument("--dataroot", type=Path, nargs="+", required=True, metavar="DIR", help="roots to learn from")
     parser.add_argument(
@@ -252,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         type=Path,
-        default=Path("training/configs/minicity_tiny.yaml"),
+        default=CONFIGS / "minicity_tiny.yaml",
         metavar="FILE",
         help="the network (default %(default)s)",
     )
@@ -271,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="Markdown page whose section takes the tables")
+    parser.add_argument("--section", default="networks", metavar="NAME", help="of that page (default %(default)s)")
     parser.add_argument("--tables", action="store_true", help="run nothing, only make the tables of what is finished")
     return parser
 

@@ -196,6 +196,9 @@ def test_every_network_row_is_a_configuration():
     assert configs["single"].data.horizon == 0 and configs["flow"].data.horizon == 3
     assert [configs[key].motion.kind for key in ("static", "filter", "flow")] == ["static", "filter", "box_flow"]
     assert [configs[key].supervision.kind for key in ("flow", "2d3d", "3d")] == ["2d", "2d3d", "3d"]
+    assert configs["fitted"].supervision.kind == "3d" and configs["fitted"].data.labels_folder == "gts_fitted"
+    by_file = parse(["--config", "training/configs/minicity_tiny_surface.yaml"])[0]
+    assert (configs["surface"].rendering, configs["surface"].losses) == (by_file.rendering, by_file.losses)
 
 
 def test_network_scores_come_from_finished_evaluations(tmp_path):
