@@ -81,7 +81,7 @@ ROWS = {
     "3d": NetworkRow("3D", "flow", ("--supervision.kind", "3d")),
     "surface": NetworkRow("2D, box flow, surfaces", "flow", overrides(CONFIGS / "minicity_tiny_surface.yaml")),
     "fitted": NetworkRow(
-        "voxels fitted to whole logs", "flow", ("--supervision.kind", "3d", "--data.labels_folder", FITTED)
+        "voxels fitted to whole logs", "flow", ("--supervision.kind", "3d", "--data.labels_folder", FITTED), seeds=3
     ),
 }
 
