@@ -27,13 +27,12 @@ from occflownet_core.command_line import exit_status
 from occflownet_core.errors import DatasetError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.mesh import march
-from occflownet_core.mise import SurfaceCells, surface_cells
+from occflownet_core.mise import SurfaceCells, levels_to, surface_cells
 from occflownet_core.query import POINTS_AT_A_TIME, batches
 from occflownet_core.runtime.bundle import Bundle, load_bundle
 from occflownet_core.runtime.engine import create_engine
 from occflownet_core.runtime.field_query import FieldQuery, FrameField
 from occflownet_ros.engine_inputs import bag_inputs
-from occflownet_ros.query_tool import levels_for
 from occflownet_ros.share import share_path
 
 FEWER_EVALUATIONS = 10.0
@@ -144,7 +143,7 @@ def _run(options: argparse.Namespace) -> None:
     bundle = load_bundle(options.bundle or share_path("demo", "bundle"))
     field = demo_field(options.bag or share_path("demo", "bag"), bundle, options.frame, options.threads)
     coarse, threshold = bundle.lift.grid, bundle.occupancy_threshold
-    levels = levels_for(coarse, options.resolution)
+    levels = levels_to(coarse, options.resolution)
     evaluations = []
     for level in range(levels + 1):
         with console.status(f"MISE, level {level}"), Stopwatch() as ours:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an output costs: markers, cloud and depth images built and published to another process, beside obvious twins.
+"""What an output costs: markers, cloud, depth images, meshes built and published to another process, beside obvious twins.
 
 The limit of markers and cloud is memory traffic: 640 kB of labels are read, 24 bytes a voxel laid out, copied into the
 message and copied by Fast DDS into its shared-memory segment, 3 to 4 copies of 1 MB at the speed of memcpy (measured
@@ -30,6 +30,7 @@ from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
+from rclpy.serialization import serialize_message
 from sensor_msgs.msg import Image, PointCloud2
 from std_msgs.msg import ColorRGBA
 from visualization_msgs.msg import Marker, MarkerArray
@@ -40,9 +41,14 @@ from occflownet_core.depth_tables import DepthTable, depth_camera
 from occflownet_core.errors import OccflownetError
 from occflownet_core.grid import OCC3D_GRID
 from occflownet_core.labels import CLASS_NAMES, COLORS_RGB, FREE
+from occflownet_core.mesh import Mesh, extract_mesh
 from occflownet_core.occupancy_frame import OccupancyFrame, surface_voxels
 from occflownet_core.rig_file import load_rig
+from occflownet_core.runtime.bundle import Bundle, load_bundle
+from occflownet_core.runtime.engine import create_engine
+from occflownet_core.runtime.field_query import FieldQuery
 from occflownet_ros import conversions
+from occflownet_ros.engine_inputs import bag_inputs
 from occflownet_ros.parameters import Settings
 from occflownet_ros.publishers import Outputs
 from occflownet_ros.replay import process_environment
@@ -51,11 +57,12 @@ from occflownet_ros.share import share_path
 MOST_MS = 3.0
 SURFACE_VOXELS = 40_000
 DEPTH_WIDTH_PX = 176
+MESH_CELLS_M, MESH_ROUNDS = (0.8, 0.4, 0.2), 5
 _WARM_UP, _PAUSE_S = 2, 0.02
 _SECONDS_TO_MATCH = 20.0
 _LISTENER = "--listen"
 _NODE = "occflownet_outputs"
-_TOPICS = {"occupancy": PointCloud2, "voxels": MarkerArray}
+_TOPICS = {"occupancy": PointCloud2, "voxels": MarkerArray, "mesh": Marker}
 
 
 def street(surface: int = SURFACE_VOXELS) -> OccupancyFrame:
@@ -181,10 +188,10 @@ def published(node: LifecycleNode, names: list[str], step: Callable[[], None], r
 def figures(rounds: int) -> tuple[list[Figure], dict]:
     """Measure all; the numbers of rows and what they were measured on."""
     frame = street()
-    rig = load_rig(share_path("demo", "bag", "calibration.yaml"))
+    rig, bundle = load_rig(share_path("demo", "bag", "calibration.yaml")), load_bundle(share_path("demo", "bundle"))
     node = LifecycleNode(_NODE)
     every_set = {f"{name}_max_rate_hz": 0.0 for name in ("occupancy", "voxels", "labels", "costmap", "depth")}
-    outputs = Outputs(node, Settings(**every_set, depth_width_px=DEPTH_WIDTH_PX), rig.names)
+    outputs = Outputs(node, Settings(**every_set, depth_width_px=DEPTH_WIDTH_PX), bundle, print)
     outputs.set_cameras(rig, rig.names)
     node.trigger_configure()
     node.trigger_activate()
@@ -213,6 +220,7 @@ def figures(rounds: int) -> tuple[list[Figure], dict]:
     spent = published(node, ["voxels"], lambda: outputs.publish(frame), rounds)
     rows.append(Figure("markers by height: built and published", spent.ms, MOST_MS, "ms", "at most"))
     rows += depth_figures(node, outputs, frame, rig, rounds, notes)
+    rows += mesh_figures(node, outputs, demo_frame(bundle), notes)
     outputs.close()
     node.destroy_node()
     return rows, notes
@@ -239,6 +247,54 @@ def depth_figures(node, outputs: Outputs, frame: OccupancyFrame, rig, rounds: in
         Figure(f"one depth image, {size}: rendered", fast_ms, slow_ms, "ms", "one cell after another"),
         Figure(f"{len(rig)} depth images, {size}: rendered and published", ms, len(rig) * slow_ms, "ms", "as above"),
     ]
+
+
+def demo_frame(bundle: Bundle) -> OccupancyFrame:
+    """Keyframe 3 of the demo drive, with its field's features."""
+    engine = create_engine(bundle, "onnxruntime", 1)
+    engine.keep_field, prediction = True, None
+    for number, inputs in enumerate(itertools.islice(bag_inputs(share_path("demo", "bag"), bundle), 4)):
+        if number == 0:
+            engine.calibrate(inputs.rig)
+        prediction = engine.infer(inputs.images, inputs.previous_from_current)
+    return OccupancyFrame(0, "base_link", bundle.grid, prediction.labels, field_features=prediction.field_features)
+
+
+def obvious_mesh(mesh: Mesh) -> Marker:
+    """The mesh's marker, one corner after another."""
+    marker = Marker(ns="mesh", type=Marker.TRIANGLE_LIST, scale=Vector3(x=1.0, y=1.0, z=1.0))
+    for corner in mesh.triangles.ravel().tolist():
+        x, y, z = mesh.vertices_m[corner].tolist()
+        red, green, blue = (COLORS_RGB[mesh.labels[corner]] / 255.0).tolist()
+        marker.points.append(Point(x=x, y=y, z=z))
+        marker.colors.append(ColorRGBA(r=red, g=green, b=blue, a=1.0))
+    return marker
+
+
+def mesh_figures(node, outputs: Outputs, frame: OccupancyFrame, notes: dict) -> list[Figure]:
+    """Meshes of the demo model's field, in its thread, by the size of their cells; and the layout of the message."""
+    rows, notes["meshes"] = [], {}
+
+    def build() -> None:
+        built = outputs.mesh_report().counters["built"]
+        outputs.publish(frame)
+        while outputs.mesh_report().counters["built"] == built:
+            time.sleep(0.002)
+
+    for cell_m in MESH_CELLS_M:
+        outputs.settings = Settings(mesh_max_rate_hz=0.0, mesh_budget_ms=60_000.0, mesh_cell_m=cell_m)
+        ms = published(node, ["mesh"], build, MESH_ROUNDS).ms
+        report = outputs.mesh_report()
+        name = f"mesh of {report.triangles:,} triangles in cells of {report.cell_m:g} m: built and published"
+        rows.append(Figure(name, ms, Settings().mesh_budget_ms, "ms", "mesh_budget_ms"))
+        notes["meshes"][f"{cell_m:g} m"] = {"triangles": report.triangles, "ms": ms}
+    bundle = load_bundle(share_path("demo", "bundle"))
+    field = FieldQuery(bundle).field(frame.field_features)
+    mesh = extract_mesh(field, bundle.lift.grid, bundle.occupancy_threshold, levels=0)
+    fast_ms = measured(lambda: conversions.mesh_bytes(frame, mesh), MESH_ROUNDS).ms
+    slow_ms = measured(lambda: serialize_message(obvious_mesh(mesh)), 1).ms
+    name = f"message of {len(mesh.triangles):,} triangles: laid out"
+    return [*rows, Figure(name, fast_ms, slow_ms, "ms", "one corner after another")]
 
 
 def copy_ms(size: int, rounds: int) -> float:

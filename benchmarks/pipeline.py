@@ -31,7 +31,11 @@ MOST_RESIDENT_MB = 600.0
 MOST_SECONDS_TO_ACTIVE = 3.0
 
 
-HEARD = {"labels": ("labels",), "all outputs": ("labels", "occupancy", "voxels", "costmap")}
+HEARD = {
+    "labels": ("labels",),
+    "labels and mesh": ("labels", "mesh"),
+    "all outputs": ("labels", "occupancy", "voxels", "costmap"),
+}
 
 
 def node_figures(load: Load, transport: str, heard: str) -> list[Figure]:
@@ -47,12 +51,23 @@ def node_figures(load: Load, transport: str, heard: str) -> list[Figure]:
     ]
 
 
+def mesh_figures(with_mesh: Load, without: Load, transport: str) -> list[Figure]:
+    """What meshes that somebody looks at cost the labels, in the same run."""
+    name, figures = f"{NAMES[transport]}, labels while meshes are built", []
+    for stage, percentile in (("total", 50), ("total", 95), ("engine", 50)):
+        ms, plain_ms = (np.percentile(load.replay.latency_ms[stage], percentile) for load in (with_mesh, without))
+        figures.append(Figure(f"{name}: {stage}, p{percentile}", float(ms), float(plain_ms), "ms", "without meshes"))
+    rates_hz = [load.replay.set_counts()["processed"] / load.seconds for load in (with_mesh, without)]
+    return [*figures, Figure(f"{name}: sets per second", *rates_hz, "Hz", "without meshes", more_is_better=True)]
+
+
 def details(load: Load) -> dict:
     """What the figures came from."""
     return {
         "sent": load.sent,
         "streams_late_ms_p99": load.late_ms_p99,
         "sets": load.replay.set_counts(),
+        "meshes": load.replay.diagnostics.get("mesh", {}),
         "latency_ms_p50_p95_p99": load.replay.latency_percentiles((50, 95, 99)),
     }
 
@@ -108,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     parameters = {**node_parameters(options), "threads": options.threads}
-    figures, found = [], {}
+    figures, found, loads = [], {}, {}
     with tempfile.TemporaryDirectory() as scratch, Console().status("") as status:
         for transport, heard in itertools.product(options.transport, HEARD):
             name = f"{NAMES[transport]}, {heard} heard"
@@ -124,8 +139,11 @@ def _run(options: argparse.Namespace) -> None:
                 lambda at_s, name=name: status.update(f"{name}: {at_s:.0f} s"),
                 HEARD[heard],
             )
+            loads[heard] = load
             figures += node_figures(load, transport, heard)
             found[name] = details(load)
+            if heard == "labels and mesh":
+                figures += mesh_figures(load, loads["labels"], transport)
     seconds = load.replay.seconds_to_active
     figures.append(Figure("process start to active", seconds, MOST_SECONDS_TO_ACTIVE, "s", "at most"))
     figures.append(measure_decoding(options.bag, options.bundle))

@@ -111,7 +111,7 @@ def march(cells: SurfaceCells, threshold: float) -> tuple[np.ndarray, np.ndarray
     """
     occupied = cells.corner_probability > np.float32(threshold)
     case = occupied @ (1 << np.arange(8))  # [A]
-    edges = _triangles_of_cases()[case]  # [A, 5, 3]
+    edges = triangles_of_cases()[case]  # [A, 5, 3]
     cell, nth = np.nonzero(edges[..., 0] >= 0)
     edge = edges[cell, nth].astype(np.int64)  # [T, 3]
     key = (
@@ -238,10 +238,13 @@ def _numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def _triangles_of_cases() -> np.ndarray:
+def triangles_of_cases() -> np.ndarray:
     """int8 [256, 5, 3]: the cut edges (lower corner * 3 + axis) that each triangle joins, -1 where there is none.
 
-    Case = sum of 2^corner over occupied corners. Read off scikit-image's marching cubes on cubes of one cell.
+    Case = sum of 2^corner over occupied corners. Read off scikit-image's marching cubes on cubes of one cell, once.
+
+    Raises:
+        ConfigError: scikit-image is not installed.
     """
     try:
         from skimage.measure import marching_cubes

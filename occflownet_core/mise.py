@@ -12,13 +12,13 @@ slipped between the coarse lattice's points, as what is larger than a coarse cel
 from __future__ import annotations
 
 import itertools
-import time
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from occflownet_core.errors import ConfigError, EngineError
+from occflownet_core.errors import ConfigError, EngineError, GeometryError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.query import POINTS_AT_A_TIME, batches
 
@@ -32,7 +32,7 @@ _HALVED = np.array(list(itertools.product((0, 1, 2), repeat=3)), dtype=np.int32)
 _PARENT_CORNERS = np.flatnonzero((_HALVED != 1).all(axis=1))  # [8] rows of _HALVED, in the order of CORNERS
 _BLOCK_BITS = 3
 _CELLS_AT_A_TIME = 1 << 16
-_GROWTH_PER_LEVEL = 4.0
+_ROUNDING = 1e-6
 
 
 class SparseLattice:
@@ -138,25 +138,15 @@ def surface_cells(
     return search.found()
 
 
-def within_budget(budget_s: float, clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], bool]:
-    """For ``go_on``: another level only if it is likely to end in time; the surface is then coarser where time is short.
+def levels_to(coarse: VoxelGrid, finest_m: float) -> int:
+    """How many times cells must be halved to be no larger than a size.
 
-    A level takes about four times what the one before took, and marching and refining its cells about as long again.
-
-    Args:
-        budget_s: from this call on.
-        clock: in seconds.
+    Raises:
+        GeometryError: the size is not a positive number.
     """
-    began_s = level_began_s = clock()
-
-    def go_on(level: int, cells: int) -> bool:
-        nonlocal level_began_s
-        now_s = clock()
-        expected_s = 2 * _GROWTH_PER_LEVEL * (now_s - level_began_s)
-        level_began_s = now_s
-        return now_s - began_s + expected_s <= budget_s
-
-    return go_on
+    if not 0 < finest_m < math.inf:
+        raise GeometryError(f"the resolution is {finest_m:g}; give a size in metres, e.g. 0.1")
+    return max(0, math.ceil(math.log2(coarse.voxel_size_m / finest_m) - _ROUNDING))
 
 
 class _Search:

@@ -23,6 +23,7 @@ class OccupancyFrame:
         labels: uint8 [X, Y, Z], see ``labels.CLASSES``.
         probability: optional float [X, Y, Z], probability that the voxel is occupied, 0..1.
         velocity_mps: optional float [X, Y, Z, 3], velocity of the voxel's content in the ego frame.
+        field_features: optional float [1, Z, Y, X, C], what ``FieldQuery.field`` reads: the field between the voxels.
         latency_ms: time spent per stage, e.g. ``{"decode": 12.1, "engine": 80.2}``.
 
     Raises:
@@ -35,6 +36,7 @@ class OccupancyFrame:
     labels: np.ndarray
     probability: np.ndarray | None = None
     velocity_mps: np.ndarray | None = None
+    field_features: np.ndarray | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from occflownet_core.camera import Camera
 from occflownet_core.errors import CalibrationError, ImageError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import CLASS_NAMES, CLASSES, COLORS_RGB, FREE
+from occflownet_core.mesh import Mesh
 from occflownet_core.occupancy_frame import OccupancyFrame, surface_voxels
 from occflownet_core.preprocess import ImageTransform
 from occflownet_ros import cdr
@@ -30,6 +31,7 @@ SMALLER_FIRST = {"rgb8": None, "bgr8": cv2.COLOR_BGR2RGB, "mono8": cv2.COLOR_GRA
 _CLOUD_FIELDS = ("x", "y", "z", "rgb", "probability")
 _VELOCITY_FIELDS = ("vx", "vy", "vz")
 _PACKED_RGB = COLORS_RGB.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
+_OPAQUE_RGBA = np.append(COLORS_RGB / 255.0, np.ones((len(COLORS_RGB), 1)), axis=1).astype(np.float32)
 _WORD = 4  # bytes of a float32
 _VOXELS_AT_A_TIME = 1 << 13  # what is read and written meanwhile stays in the cache
 
@@ -323,3 +325,12 @@ def costmap_message(
 def marker_bytes(frame: OccupancyFrame, cubes: Sequence[cdr.CubeList], delete_all: bool) -> bytes:
     """The serialised MarkerArray of the frame's cube lists."""
     return cdr.marker_array(frame.stamp_ns, frame.frame_id, cubes, delete_all)
+
+
+def mesh_bytes(frame: OccupancyFrame, mesh: Mesh | None) -> bytes:
+    """The serialised Marker of a frame's mesh; an empty one, or none, deletes the mesh before."""
+    corners_m, colors_rgba = np.empty((0, 3)), np.empty((0, 4))
+    if mesh is not None:
+        corners = mesh.triangles.ravel()
+        corners_m, colors_rgba = mesh.vertices_m[corners], _OPAQUE_RGBA[mesh.labels[corners]]
+    return cdr.triangle_marker(frame.stamp_ns, frame.frame_id, cdr.TriangleList("mesh", corners_m, colors_rgba))

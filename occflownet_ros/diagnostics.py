@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
+from occflownet_core.errors import OccflownetError
 from occflownet_ros.cadence import UNKNOWN_CADENCE, Cadence
 
 OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR
@@ -44,6 +46,11 @@ class Complaints:
             self._said_s[subject] = now_s
             held_back = self._held_back.pop(subject, 0)
         self._warn(f"{sentence} ({held_back} more like this since)" if held_back else sentence)
+
+
+def traced(error: Exception) -> str:
+    """Where an error came from, if it is none of those that a sentence explains; to be put behind one."""
+    return "" if isinstance(error, OccflownetError) else "\n" + "".join(traceback.format_exception(error))
 
 
 class LatencyWindow:
@@ -198,6 +205,41 @@ def ego_motion_status(report: EgoMotionReport) -> Status:
     else:
         level, message = OK, f"following {report.source}"
     return Status("ego motion", level, message, values)
+
+
+@dataclass(frozen=True)
+class MeshReport:
+    """What became of meshes so far.
+
+    Attributes:
+        problem: why there are none, empty if there may be.
+        is_heard: whether someone subscribes.
+        counters: ``built``; ``late``, of these, took longer than the budget; ``replaced`` by a newer set before they were
+            begun; ``failed``.
+        took_ms, cell_m, triangles: of the last one.
+    """
+
+    problem: str = ""
+    is_heard: bool = False
+    counters: Counter[str] = field(default_factory=Counter)
+    took_ms: float = 0.0
+    cell_m: float = 0.0
+    triangles: int = 0
+
+
+def mesh_status(report: MeshReport, recent: Mapping[str, int]) -> Status:
+    """A mesh is for looking at: never more than a warning, and none where nobody looks."""
+    values = {f"meshes {what}": count for what, count in report.counters.items()}
+    last = f"{report.triangles} triangles in cells of {report.cell_m:g} m, {report.took_ms:.0f} ms"
+    if report.counters.get("built"):
+        values["last mesh"] = last
+    if report.problem:
+        return Status("mesh", WARN if report.is_heard else OK, report.problem, values)
+    if recent.get("failed"):
+        return Status("mesh", WARN, f"failed on {recent['failed']} meshes in the last second", values)
+    if not report.is_heard:
+        return Status("mesh", OK, "nobody listens", values)
+    return Status("mesh", OK, last if report.counters.get("built") else "no mesh yet", values)
 
 
 def diagnostic_array(stamp, node_name: str, hardware_id: str, statuses: Sequence[Status]) -> DiagnosticArray:

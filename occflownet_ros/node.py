@@ -103,7 +103,7 @@ class OccflownetNode(LifecycleNode):
                 self._bundle, settings.backend, settings.threads or None, settings.precision, settings.engine_folder
             )
             warm_up(self._engine)
-        self._outputs = Outputs(self, settings, self._bundle.cameras)
+        self._outputs = Outputs(self, settings, self._bundle, self._complain)
         self._diagnostics = self.create_lifecycle_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
         self.get_logger().info(
             f"configured: model '{self._bundle.name}' on {self._engine.name}, {len(self._bundle.cameras)} cameras"
@@ -121,7 +121,7 @@ class OccflownetNode(LifecycleNode):
         self._pipeline.start()
         self._inputs = Inputs(self, settings, cameras, self._file_cameras, self._pipeline, self._outputs, complain)
         self._reporter = Reporter(
-            self, self._diagnostics, settings, self._engine, self._inputs, self._pipeline, complain
+            self, self._diagnostics, settings, self._engine, self._inputs, self._pipeline, self._outputs, complain
         )
         return result
 
@@ -178,6 +178,8 @@ class OccflownetNode(LifecycleNode):
                 part.close()
         if self._pipeline is not None:
             self._pipeline.stop()
+        if self._outputs is not None:
+            self._outputs.stop()
         self._reporter = self._inputs = self._pipeline = None
 
     # Details

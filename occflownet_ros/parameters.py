@@ -15,6 +15,7 @@ from occflownet_core.labels import CLASS_NAMES, FREE
 from occflownet_core.runtime.engine import BACKENDS, PRECISIONS
 
 _WORD = r"[A-Za-z_]\w*"
+_SHOWN = {"()": "[]", "": '""'}
 _TOPIC = re.compile(rf"(~/|/)?{_WORD}(/{_WORD})*", re.ASCII)
 
 
@@ -218,6 +219,15 @@ class Settings:
         high=640,
         live=True,
     )
+    mesh_max_rate_hz: float = _parameter(
+        1.0, "Limit of ~/mesh; 0 meshes every set, as far as there is time.", unit="Hz", low=0.0, high=1000.0, live=True
+    )
+    mesh_budget_ms: float = _parameter(
+        500.0, "Time for a mesh; its cells become as small as that allows.", unit="ms", low=1.0, high=60000.0, live=True
+    )
+    mesh_cell_m: float = _parameter(
+        0.2, "Cells of the mesh are halved until they are no larger.", unit="m", low=0.05, high=10.0, live=True
+    )
 
     @classmethod
     def from_values(cls, values: Mapping[str, object]) -> Settings:
@@ -233,6 +243,10 @@ class Settings:
         settings = cls(**{name: _checked(rows[name], value) for name, value in values.items()})
         settings._check_together()
         return settings
+
+    def threshold(self, tuned: float) -> float:
+        """The occupancy threshold in force; ``tuned`` is the bundle's."""
+        return self.occupancy_threshold if self.occupancy_threshold >= 0 else tuned
 
     @property
     def engine_folder(self) -> Path | None:
@@ -319,9 +333,6 @@ def table_markdown() -> str:
         cells = (f"`{row.name}`", f"`{shown}`", _limits(row), row.metadata["unit"], live, row.metadata["text"])
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-_SHOWN = {"()": "[]", "": '""'}
 
 
 def _limits(row) -> str:

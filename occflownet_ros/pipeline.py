@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,14 +15,14 @@ import cv2
 import numpy as np
 
 from occflownet_core.camera import Camera, CameraRig
-from occflownet_core.errors import ImageError, OccflownetError
+from occflownet_core.errors import ImageError
 from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_core.preprocess import ImageTransform
 from occflownet_core.runtime.engine import Engine
 from occflownet_ros import conversions
 from occflownet_ros.cadence import Cadence, CameraStamps
 from occflownet_ros.camera_model import CameraModel
-from occflownet_ros.diagnostics import Complaints, LatencyWindow
+from occflownet_ros.diagnostics import Complaints, LatencyWindow, traced
 from occflownet_ros.ego_motion import EgoMotion, PoseBuffer
 from occflownet_ros.frame_assembler import DROP, FrameAssembler, ImageSet
 from occflownet_ros.parameters import Settings
@@ -200,10 +199,7 @@ class Pipeline:
             self._ego_motion.max_gap_s = settings.memory_max_gap_s
             self._ego_motion.max_speed_mps = settings.max_speed_mps
             self._ego_motion.max_yaw_rate_rps = settings.max_yaw_rate_rps
-            tuned = self._engine.bundle.occupancy_threshold
-            self._engine.occupancy_threshold = (
-                settings.occupancy_threshold if settings.occupancy_threshold >= 0 else tuned
-            )
+            self._engine.occupancy_threshold = settings.threshold(self._engine.bundle.occupancy_threshold)
             self._changed.notify_all()  # what waits, waits by the new values
 
     def start(self) -> None:
@@ -267,7 +263,7 @@ class Pipeline:
             self._engine.calibrate(rig)
         except Exception as error:  # were it passed on, the same rig would be tried again at once, without end
             problem = str(error)
-            self._complain("calibration", f"{problem}{_traced(error)}")
+            self._complain("calibration", f"{problem}{traced(error)}")
         with self._changed:
             self._engine_rig, self._calibration_problem = rig, problem
 
@@ -282,6 +278,7 @@ class Pipeline:
         previous_from_current = self._motion_to(image_set.stamp_ns)
         started_s = time.monotonic()
         self._busy_until_s = started_s + self.latency.median_ms("engine") / 1e3
+        self._engine.keep_field = self._outputs.wants_field()
         prediction = self._engine.infer(images, previous_from_current, missing)
         inferred_s = time.monotonic()
         self._busy_until_s = 0.0
@@ -302,6 +299,7 @@ class Pipeline:
             prediction.labels,
             prediction.probability,
             prediction.velocity_mps,
+            prediction.field_features,
             latency_ms,
         )
         self._outputs.publish(frame)
@@ -391,9 +389,4 @@ class Pipeline:
         self._count("failed")
         with self._changed:
             self._ego_motion.forget("engine", f"memory forgotten after a failure: {error}")
-        self._complain("engine", f"a set could not be processed: {error}{_traced(error)}")
-
-
-def _traced(error: Exception) -> str:
-    """Where an error came from, if it is none of those that a sentence explains."""
-    return "" if isinstance(error, OccflownetError) else "\n" + "".join(traceback.format_exception(error))
+        self._complain("engine", f"a set could not be processed: {error}{traced(error)}")

@@ -16,8 +16,11 @@ from visualization_msgs.msg import MarkerArray
 
 from occflownet_core.camera import CameraRig
 from occflownet_core.occupancy_frame import OccupancyFrame
+from occflownet_core.runtime.bundle import Bundle
 from occflownet_ros import conversions
 from occflownet_ros.depth_images import DepthImages
+from occflownet_ros.diagnostics import Complaints, MeshReport
+from occflownet_ros.mesh_output import MeshOutput
 from occflownet_ros.parameters import Settings
 
 STAGES = ("receive", "busy", "decode", "wait", "engine", "publish", "total")
@@ -59,14 +62,15 @@ class Outputs:
 
     Args:
         node: whose lifecycle publishers they are.
-        settings: rates, cost map band, looks of the markers, size of the depth images.
-        cameras: names of the bundle's cameras.
+        settings: rates, cost map band, looks of the markers, size of the depth images, time and cells of meshes.
+        bundle: whose predictions are published.
+        complain: takes (subject, sentence) about trouble.
 
     Attributes:
         settings: may be replaced while running.
     """
 
-    def __init__(self, node: LifecycleNode, settings: Settings, cameras: Sequence[str] = ()) -> None:
+    def __init__(self, node: LifecycleNode, settings: Settings, bundle: Bundle, complain: Complaints) -> None:
         self.settings = settings
         self._node = node
         self._shown_classes: frozenset[str] | None = None
@@ -79,16 +83,22 @@ class Outputs:
         self._latency = {
             stage: node.create_lifecycle_publisher(Float64, f"~/latency/{stage}", _QUEUE) for stage in STAGES
         }
-        self._depth = DepthImages(node, cameras)
+        self._depth = DepthImages(node, bundle.cameras)
         self._depth_limit = RateLimit()
+        self._mesh = MeshOutput(node, bundle, complain)
+        self._mesh_limit = RateLimit()
 
     @property
     def is_alive(self) -> bool:
         """False once the process was told to end: nothing can be published any more."""
         return self._node.context.ok()
 
+    def wants_field(self) -> bool:
+        """Whether the set that the engine takes next is to become a mesh; asked once for each."""
+        return self._mesh.is_wanted() and self._mesh_limit.allows(time.monotonic(), self.settings.mesh_max_rate_hz)
+
     def publish(self, frame: OccupancyFrame) -> None:
-        """Publish a frame on every output that has subscribers and is due."""
+        """Publish a frame on every output that has subscribers and is due; its mesh, if it has its field's features, later."""
         now_s = time.monotonic()
         for output in self._outputs:
             max_rate_hz = getattr(self.settings, f"{output.name}_max_rate_hz")
@@ -96,6 +106,8 @@ class Outputs:
                 output.publisher.publish(output.build(frame))
         if self._depth.has_subscribers() and self._depth_limit.allows(now_s, self.settings.depth_max_rate_hz):
             self._depth.publish(frame, self.settings.depth_width_px)
+        if frame.field_features is not None:
+            self._mesh.submit(frame, self.settings)
 
     def set_cameras(self, rig: CameraRig | None, frame_ids: Sequence[str]) -> None:
         """Calibration became known, changed, or was lost (None): the depth images are to be seen by these cameras.
@@ -111,6 +123,13 @@ class Outputs:
             if publisher.get_subscription_count():
                 publisher.publish(Float64(data=latency_ms[stage]))
 
+    def mesh_report(self) -> MeshReport:
+        return self._mesh.report()
+
+    def stop(self) -> None:
+        """End what is still being built; ``publish`` may follow."""
+        self._mesh.stop()
+
     def restart(self) -> None:
         """Forget what subscribers were shown: the next markers begin by deleting those of an earlier run."""
         self._shown_classes = None
@@ -121,6 +140,7 @@ class Outputs:
         # They hold bound methods of this object; without them it is freed here and now.
         self._outputs, self._latency = [], {}
         self._depth.close()
+        self._mesh.close()
 
     def _output(self, name: str, kind: type, qos: QoSProfile, build: Callable) -> _Output:
         return _Output(name, self._node.create_lifecycle_publisher(kind, f"~/{name}", qos), build, RateLimit())

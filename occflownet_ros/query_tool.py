@@ -17,10 +17,11 @@ import numpy as np
 from rich.console import Console
 
 from occflownet_core.command_line import exit_status
-from occflownet_core.errors import DatasetError, GeometryError, OccflownetError
+from occflownet_core.errors import DatasetError, OccflownetError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import CLASS_NAMES, FREE
 from occflownet_core.mesh import Mesh, extract_mesh, require_format, save_mesh
+from occflownet_core.mise import levels_to
 from occflownet_core.query import FieldSamples
 from occflownet_core.runtime.bundle import Bundle, load_bundle
 from occflownet_core.runtime.engine import create_engine
@@ -30,7 +31,6 @@ from occflownet_ros.drive_arguments import add_drive, image_sets, require_one_ki
 PROGRAM = "occflownet-query"
 _STANDARD_INPUT = Path("-")
 _AXES = ("x", "y", "z")
-_ROUNDING = 1e-6
 
 _HELP = """
 points are metres in the ego frame (base_link: x forward, y left, z up), as CSV: x,y,z in each line, or any columns whose
@@ -100,7 +100,7 @@ def query(arguments: argparse.Namespace) -> None:
     points_m = _points(arguments, bundle)
     if arguments.mesh:
         require_format(arguments.mesh)
-    levels = levels_for(bundle.lift.grid, arguments.resolution)
+    levels = levels_to(bundle.lift.grid, arguments.resolution)
     name, features = _features(arguments, bundle, threads)
     field = queries.field(features)
     if points_m is not None:
@@ -110,17 +110,6 @@ def query(arguments: argparse.Namespace) -> None:
         console.print(f"{name}: {len(points_m):,} points, {occupied:.1%} of them occupied")
     if arguments.mesh:
         _write_mesh(field, bundle, threshold, levels, arguments, name)
-
-
-def levels_for(coarse: VoxelGrid, resolution_m: float) -> int:
-    """How many times cells must be halved to be no larger than a size.
-
-    Raises:
-        GeometryError: the size is not a positive number.
-    """
-    if not 0 < resolution_m < math.inf:
-        raise GeometryError(f"--resolution is {resolution_m:g}; give a size in metres, e.g. 0.1")
-    return max(0, math.ceil(math.log2(coarse.voxel_size_m / resolution_m) - _ROUNDING))
 
 
 def read_points(lines: Iterable[str], name: str) -> np.ndarray:

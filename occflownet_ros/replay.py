@@ -24,7 +24,7 @@ from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from sensor_msgs.msg import PointCloud2
 from std_msgs.msg import Float64, UInt8MultiArray
-from visualization_msgs.msg import MarkerArray
+from visualization_msgs.msg import Marker, MarkerArray
 
 from occflownet_core.errors import OccflownetError
 from occflownet_core.occupancy_frame import OccupancyFrame
@@ -47,7 +47,13 @@ _NODE_INPUTS = (
     "nav_msgs/msg/Odometry",
 )
 
-OUTPUTS = {"labels": UInt8MultiArray, "occupancy": PointCloud2, "voxels": MarkerArray, "costmap": OccupancyGrid}
+OUTPUTS = {
+    "labels": UInt8MultiArray,
+    "occupancy": PointCloud2,
+    "voxels": MarkerArray,
+    "costmap": OccupancyGrid,
+    "mesh": Marker,
+}
 
 _TRANSITION_TIMEOUT_S = 120.0  # a machine that trains meanwhile is slow to load a model
 _STOP_TIMEOUT_S = 5.0

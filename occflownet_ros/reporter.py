@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Once a second on /diagnostics: what an active node knows about its engine, calibration, ego motion and cameras."""
+"""Once a second on /diagnostics: what an active node knows about its engine, calibration, ego motion, meshes and cameras."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from occflownet_ros.diagnostics import Complaints
 from occflownet_ros.inputs import Inputs
 from occflownet_ros.parameters import Settings
 from occflownet_ros.pipeline import Pipeline, PipelineReport
+from occflownet_ros.publishers import Outputs
 
 _PERIOD_S = 1.0
 
@@ -26,7 +27,7 @@ class Reporter:
         node: whose timer and clock are used.
         publisher: of /diagnostics.
         settings: as configured.
-        engine, inputs, pipeline: what is reported on.
+        engine, inputs, pipeline, outputs: what is reported on.
         complain: takes (subject, sentence) about trouble.
     """
 
@@ -38,6 +39,7 @@ class Reporter:
         engine: Engine,
         inputs: Inputs,
         pipeline: Pipeline,
+        outputs: Outputs,
         complain: Complaints,
     ) -> None:
         self._node = node
@@ -46,9 +48,10 @@ class Reporter:
         self._engine = engine
         self._inputs = inputs
         self._pipeline = pipeline
+        self._outputs = outputs
         self._complain = complain
         self._reported_s = self._calibrated_s = time.monotonic()
-        self._last = pipeline.report()
+        self._last, self._last_meshes = pipeline.report(), outputs.mesh_report()
         self._timer = node.create_timer(_PERIOD_S, self._report, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     def close(self) -> None:
@@ -56,7 +59,7 @@ class Reporter:
         self._timer = None  # it holds this object, and this object the engine: freed here and now
 
     def _report(self) -> None:
-        now_s, report = time.monotonic(), self._pipeline.report()
+        now_s, report, meshes = time.monotonic(), self._pipeline.report(), self._outputs.mesh_report()
         calibration, bundle = self._inputs.calibration, self._engine.bundle
         if not calibration.problem:
             self._calibrated_s = now_s
@@ -75,11 +78,12 @@ class Reporter:
                 self._inputs.calibration_sources,
             ),
             diagnostics.ego_motion_status(self._ego_motion(now_s, report)),
+            diagnostics.mesh_status(meshes, meshes.counters - self._last_meshes.counters),
             *(diagnostics.camera_status(camera) for camera in self._cameras(now_s, report)),
         ]
         stamp = self._node.get_clock().now().to_msg()
         self._publisher.publish(diagnostics.diagnostic_array(stamp, self._node.get_name(), bundle.name, statuses))
-        self._last, self._reported_s = report, now_s
+        self._last, self._last_meshes, self._reported_s = report, meshes, now_s
 
     def _ego_motion(self, now_s: float, report: PipelineReport) -> diagnostics.EgoMotionReport:
         last_s = report.last_pose_s

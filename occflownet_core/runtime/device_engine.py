@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeviceEngine: a compiled graph on an accelerator. Buffers are made once, the memory never leaves the device, and the
-whole run (copies in, graph, copies out) is recorded once and replayed."""
+whole run (copies in, graph, copies out) is recorded once for each choice of outputs and replayed."""
 
 from __future__ import annotations
 
@@ -107,8 +107,7 @@ class DeviceEngine(Engine):
         self._stage((*EACH_RUN, *self.delivered))
         for name, address in self._address.items():
             program.bind(name, address)
-        self._launch: Callable[[], None] = self._queue
-        self._launch_delivers: tuple[str, ...] = ()
+        self._recorded: dict[tuple[str, ...], Callable[[], None]] = {}  # by what is delivered
 
     def reset(self) -> None:
         for state in self.bundle.recurrent:
@@ -123,7 +122,7 @@ class DeviceEngine(Engine):
 
     def close(self) -> None:
         """Give the device's memory back; the engine is of no use afterwards."""
-        self._launch = self._queue  # a recorded run would keep the device
+        self._recorded.clear()  # a recorded run would keep the device
         self._device.close()
 
     def _load_tables(self, tables: LiftTables) -> None:
@@ -142,14 +141,11 @@ class DeviceEngine(Engine):
         for name, value in zip(EACH_RUN, (images, previous_from_current, self.occupancy_threshold), strict=True):
             np.copyto(self._pinned[name], value)
         delivered = self.delivered
-        is_recorded = self._launch_delivers == delivered
-        if not is_recorded:  # the first run, or other outputs are asked for than were
-            self._stage(delivered)
-            self._launch = self._queue
-        self._launch()
+        self._stage(delivered)
+        self._recorded.get(delivered, self._queue)()
         self._device.synchronize()
-        if not is_recorded:  # a run before recording lets the library do what it does once
-            self._launch, self._launch_delivers = self._recorded(), delivered
+        if delivered not in self._recorded:  # a run before recording lets the library do what it does once
+            self._recorded[delivered] = self._record()
         return Prediction.from_outputs({name: self._pinned[name].copy() for name in delivered})
 
     def _stage(self, names: Sequence[str]) -> None:
@@ -170,7 +166,7 @@ class DeviceEngine(Engine):
                 self._address[state.input], self._address[state.output], self._tensors[state.output].nbytes
             )
 
-    def _recorded(self) -> Callable[[], None]:
+    def _record(self) -> Callable[[], None]:
         try:
             return self._device.record(self._queue)
         except EngineError as error:

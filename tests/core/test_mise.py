@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from occflownet_core.errors import ConfigError, EngineError
-from occflownet_core.mise import CORNERS, SparseLattice, surface_cells, within_budget
+from occflownet_core.errors import ConfigError, EngineError, GeometryError
+from occflownet_core.grid import VoxelGrid
+from occflownet_core.mise import CORNERS, SparseLattice, levels_to, surface_cells
 from occflownet_core.query import POINTS_AT_A_TIME
 from tests.core.surface_twins import BOX, DistanceField, ball, cut_cells, everything, finer, union
 
@@ -133,16 +134,15 @@ def test_the_search_stops_when_told():
     assert [level for level, _ in asked] == [1, 2, 3] and asked[-1][1] == len(found.cells)
 
 
-def test_a_budget_makes_the_surface_coarser_and_not_late():
-    """A clock that ticks once per evaluated point: levels of 729, then 1,000 and 4,000 or so."""
-    ticks = {}
-    for budget in (5_000, 10_000, 40_000, 1e9):
-        field = ball(3.0)
-        found = surface_cells(field.probability, BOX, 0.5, 4, go_on=within_budget(budget, lambda f=field: sum(f.calls)))
-        ticks[budget] = (found.level, found.evaluations)
-        assert found.evaluations <= budget
-    levels = [level for level, _ in ticks.values()]
-    assert levels == sorted(levels) and levels[0] == 0 and levels[-1] == 4 and len(set(levels)) >= 3
+@pytest.mark.parametrize(("finest_m", "levels"), [(1.6, 0), (0.8, 0), (0.7, 1), (0.4, 1), (0.1, 3), (0.09, 4)])
+def test_cells_are_halved_until_they_are_small_enough(finest_m, levels):
+    assert levels_to(VoxelGrid((0, 0, 0), (8, 8, 8), 0.8), finest_m) == levels
+
+
+@pytest.mark.parametrize("finest_m", [0.0, -1.0, float("nan"), float("inf")])
+def test_sizes_that_are_none(finest_m):
+    with pytest.raises(GeometryError, match=r"the resolution is .*; give a size in metres"):
+        levels_to(VoxelGrid((0, 0, 0), (8, 8, 8), 0.8), finest_m)
 
 
 @pytest.mark.parametrize("answer", [lambda p: np.zeros((len(p), 1)), lambda p: np.full(len(p), np.nan)])

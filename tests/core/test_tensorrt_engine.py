@@ -158,8 +158,10 @@ def test_the_fields_features_are_copied_when_asked_for(make, cuda, tmp_path):
         features = made.infer(images(4), np.eye(4) if step else None).field_features
     np.testing.assert_array_equal(features, np.full(shape, 12))
     assert len(cuda.pinned) == pinned + 1 and len(cuda.graphs) == 2
-    made.keep_field = False
-    assert made.infer(images(4), None).field_features is None
+    for keep in (False, True, False):  # as the node does, mesh by mesh: each of the two runs was recorded for good
+        made.keep_field = keep
+        assert (made.infer(images(4), None).field_features is not None) == keep
+    assert len(cuda.graphs) == 2
 
 
 def test_warming_up_leaves_no_memory(make):

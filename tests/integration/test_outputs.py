@@ -12,9 +12,10 @@ from rclpy.parameter import Parameter
 from ros_processes import CAMERAS, NodeProcess, Vehicle, jpeg, ring_rig
 from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import UInt8MultiArray
-from visualization_msgs.msg import MarkerArray
+from visualization_msgs.msg import Marker, MarkerArray
 
 from occflownet_core.depth_tables import DepthTable, depth_camera
+from occflownet_core.labels import COLORS_RGB
 from occflownet_core.rig_file import save_rig
 from occflownet_ros import conversions
 from occflownet_ros.lifecycle_client import ACTIVATE, CONFIGURE, change_state
@@ -43,6 +44,9 @@ def running(vehicle, tmp_path_factory):
         depth_max_rate_hz=0.0,
         voxels_max_rate_hz=0.0,
         depth_width_px=80,
+        mesh_max_rate_hz=0.0,
+        mesh_cell_m=0.4,
+        mesh_budget_ms=20_000.0,
     )
     try:
         change_state(vehicle.node, "occflownet", CONFIGURE, 2 * PATIENT_S)
@@ -117,3 +121,26 @@ def test_depth_images_agree_with_labels_and_follow_parameters_and_calibration(ru
     images.clear()
     drive.until(lambda: images and pair() and pair()[0] is images[-1], fx_px=900.0)
     check(48, 900.0)
+
+
+def test_a_mesh_of_a_set_comes_beside_its_labels(running, vehicle):
+    pytest.importorskip("skimage", reason="meshes need the mesh extra")
+    drive = Drive(vehicle)
+    labels = vehicle.hear(UInt8MultiArray, "/occflownet/labels")
+    meshes = vehicle.hear(Marker, "/occflownet/mesh")
+
+    def frame():
+        """The labels of the newest mesh's stamp."""
+        frames = {frame.stamp_ns: frame for frame in map(conversions.labels_from_message, labels)}
+        return frames.get(conversions.nanoseconds(meshes[-1].header.stamp)) if meshes else None
+
+    drive.until(frame)
+    mesh, frame = meshes[-1], frame()
+    assert (mesh.type, mesh.action, mesh.header.frame_id) == (Marker.TRIANGLE_LIST, Marker.ADD, "base_link")
+    assert len(mesh.points) == len(mesh.colors) > 0 and len(mesh.points) % 3 == 0
+    assert vehicle.wait(lambda: "cells of 0.4 m" in vehicle.status("mesh").get("message", ""), PATIENT_S)
+    assert {(c.r, c.g, c.b) for c in mesh.colors} <= {tuple(c) for c in (COLORS_RGB / 255).astype(np.float32).tolist()}
+    # That they lie on the field's surface is tests/ros/test_mesh_output.py's matter, which knows the field.
+    points_m = np.array([(p.x, p.y, p.z) for p in mesh.points])
+    lower_m, upper_m = (np.array(corner) for corner in (frame.grid.lower_m, frame.grid.upper_m))
+    assert ((points_m >= lower_m - 1e-3) & (points_m <= upper_m + 1e-3)).all() and np.ptp(points_m, axis=0).min() > 1

@@ -40,7 +40,7 @@ PATIENT_S = 60.0
 WIDTH_PX, HEIGHT_PX = 352, 198
 JPEG = array.array("B", jpeg(0, WIDTH_PX, HEIGHT_PX))
 LIVE_OUTPUTS = {name for name in parameters.LIVE if name.endswith("_max_rate_hz")} | {
-    name for name in parameters.LIVE if name.startswith(("costmap_", "voxel_", "depth_"))
+    name for name in parameters.LIVE if name.startswith(("costmap_", "voxel_", "depth_", "mesh_"))
 }
 """Live parameters that the outputs alone read; what they do is tested with the outputs."""
 

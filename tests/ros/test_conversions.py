@@ -21,6 +21,7 @@ from visualization_msgs.msg import Marker, MarkerArray
 from occflownet_core.errors import ImageError
 from occflownet_core.grid import OCC3D_GRID, VoxelGrid
 from occflownet_core.labels import CLASS_NAMES, COLORS_RGB, FREE
+from occflownet_core.mesh import Mesh
 from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_core.preprocess import ImageTransform
 from occflownet_ros import cdr, conversions
@@ -99,6 +100,36 @@ def test_marker_bytes_are_as_long_as_rclpys_own():
     theirs = serialize_message(slow_marker_array(frame, 1.0, True))
     # Not compared byte by byte: rclpy leaves in its padding what was in memory.
     assert len(data) == len(theirs)
+
+
+def slow_mesh_marker(mesh: Mesh) -> Marker:
+    """The slow, obvious twin: one corner after another."""
+    header = Header(stamp=Time(sec=STAMP_NS // 10**9, nanosec=STAMP_NS % 10**9), frame_id="base_link")
+    action = Marker.ADD if len(mesh.triangles) else Marker.DELETE
+    marker = Marker(header=header, ns="mesh", id=0, type=Marker.TRIANGLE_LIST, action=action)
+    marker.pose, marker.scale = Pose(orientation=Quaternion(w=1.0)), Vector3(x=1.0, y=1.0, z=1.0)
+    marker.color = ColorRGBA(r=1.0, g=1.0, b=1.0, a=1.0)
+    for corner in mesh.triangles.ravel().tolist():
+        x, y, z = mesh.vertices_m[corner].tolist()
+        red, green, blue = (COLORS_RGB[mesh.labels[corner]] / 255.0).tolist()
+        marker.points.append(Point(x=x, y=y, z=z))
+        marker.colors.append(ColorRGBA(r=red, g=green, b=blue, a=1.0))
+    return marker
+
+
+@pytest.mark.parametrize("triangles", [0, 1, 50])
+def test_mesh_bytes_equal_the_slow_twin(triangles):
+    rng = np.random.default_rng(triangles)
+    vertices_m, labels = rng.normal(size=(20, 3)).astype(np.float32), rng.integers(0, FREE, 20, dtype=np.uint8)
+    mesh = Mesh(vertices_m, rng.integers(0, 20, (triangles, 3), dtype=np.int32), labels, None)
+    data = conversions.mesh_bytes(frame_of(empty()), mesh)
+    theirs = serialize_message(slow_mesh_marker(mesh))
+    assert deserialize_message(data, Marker) == deserialize_message(theirs, Marker) and len(data) == len(theirs)
+
+
+def test_no_mesh_deletes_the_one_before():
+    marker = deserialize_message(conversions.mesh_bytes(frame_of(empty()), None), Marker)
+    assert (marker.ns, marker.id, marker.action, len(marker.points)) == ("mesh", 0, Marker.DELETE, 0)
 
 
 def test_height_runs_from_blue_to_red_as_others_draw_it():

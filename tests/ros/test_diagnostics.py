@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Time
@@ -13,7 +15,16 @@ from occflownet_core.errors import CalibrationError
 from occflownet_ros import diagnostics
 from occflownet_ros.cadence import Cadence
 from occflownet_ros.calibration_source import CalibrationSource, Intrinsics, cameras_of_file
-from occflownet_ros.diagnostics import ERROR, OK, WARN, CameraReport, Complaints, EgoMotionReport, LatencyWindow
+from occflownet_ros.diagnostics import (
+    ERROR,
+    OK,
+    WARN,
+    CameraReport,
+    Complaints,
+    EgoMotionReport,
+    LatencyWindow,
+    MeshReport,
+)
 from occflownet_ros.live_transforms import PlainTransforms, TfExtrinsics
 
 GOOD = (1260.0, 0.0, 800.0, 0.0, 1260.0, 450.0, 0.0, 0.0, 1.0)
@@ -121,6 +132,34 @@ def test_ego_motion_status(changes, level, message):
     status = diagnostics.ego_motion_status(report)
     assert (status.name, status.level, status.message) == ("ego motion", level, message)
     assert status.values == {"source": report.source, "received": 3, "reset gap": 2}
+
+
+LAST_MESH = {"took_ms": 231.4, "cell_m": 0.4, "triangles": 12000}
+
+
+@pytest.mark.parametrize(
+    ("report", "recent", "level", "message"),
+    [
+        (MeshReport(problem="export again"), {}, OK, "export again"),
+        (MeshReport(problem="export again", is_heard=True), {}, WARN, "export again"),
+        (MeshReport(), {}, OK, "nobody listens"),
+        (MeshReport(is_heard=True), {}, OK, "no mesh yet"),
+        (MeshReport(is_heard=True, counters=Counter(failed=3)), {"failed": 2}, WARN, "failed on 2 meshes in the last"),
+        (MeshReport("", True, Counter(built=2), **LAST_MESH), {}, OK, "12000 triangles in cells of 0.4 m, 231 ms"),
+    ],
+)
+def test_mesh_status(report, recent, level, message):
+    status = diagnostics.mesh_status(report, recent)
+    assert status.name == "mesh" and status.level == level and status.message.startswith(message)
+
+
+def test_the_last_mesh_is_told_while_nobody_listens():
+    status = diagnostics.mesh_status(MeshReport("", False, Counter(built=2, replaced=1), **LAST_MESH), {})
+    assert status.values == {
+        "meshes built": 2,
+        "meshes replaced": 1,
+        "last mesh": "12000 triangles in cells of 0.4 m, 231 ms",
+    }
 
 
 def test_message():

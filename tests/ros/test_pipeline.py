@@ -33,7 +33,17 @@ WIDTH_PX, HEIGHT_PX = 64, 32
 
 def bundle(folder) -> Bundle:
     lift = LiftSpec(GRID, DepthBins(1.0, 5.0, 1.0), feature_height=2, feature_width=4)
-    return Bundle(folder, "written-down", ("LEFT", "RIGHT"), WIDTH_PX, HEIGHT_PX, GRID, lift, occupancy_threshold=0.4)
+    return Bundle(
+        folder,
+        "written-down",
+        ("LEFT", "RIGHT"),
+        WIDTH_PX,
+        HEIGHT_PX,
+        GRID,
+        lift,
+        occupancy_threshold=0.4,
+        field_channels=2,
+    )
 
 
 class WritingEngine(Engine):
@@ -45,6 +55,7 @@ class WritingEngine(Engine):
         super().__init__(described)
         self.calls: list[tuple[np.ndarray, np.ndarray | None, tuple[int, ...]]] = []
         self.rigs: list[CameraRig] = []
+        self.kept_field: list[bool] = []
         self.fail_with: Exception | None = None
         self.seconds = 0.0
 
@@ -55,11 +66,13 @@ class WritingEngine(Engine):
 
     def infer(self, images, previous_from_current, missing_cameras=()):
         self.calls.append((images, previous_from_current, tuple(missing_cameras)))
+        self.kept_field.append(self.keep_field)
         time.sleep(self.seconds)
         if self.fail_with is not None:
             failure, self.fail_with = self.fail_with, None
             raise failure
-        return Prediction(np.full(GRID.shape, FREE, dtype=np.uint8))
+        features = np.zeros(self.bundle.field_features_shape) if self.keep_field else None
+        return Prediction(np.full(GRID.shape, FREE, dtype=np.uint8), field_features=features)
 
     def reset(self):
         pass
@@ -72,6 +85,12 @@ class WritingOutputs:
 
     def __init__(self) -> None:
         self.frames, self.latencies = [], []
+        self.meshes_every: int | None = None
+        self._asked = 0
+
+    def wants_field(self) -> bool:
+        self._asked += 1
+        return self.meshes_every is not None and self._asked % self.meshes_every == 0
 
     def publish(self, frame) -> None:
         self.frames.append(frame)
@@ -395,3 +414,14 @@ def test_anchor_by_name():
     assert anchor_index(("A", "B"), "B") == 1
     with pytest.raises(CalibrationError, match="anchor_camera is 'C', but the bundle's cameras are A, B"):
         anchor_index(("A", "B"), "C")
+
+
+def test_the_engine_hands_out_the_field_for_the_sets_that_are_to_become_meshes_and_no_others(make):
+    it = make()
+    it.outputs.meshes_every = 2
+    it.pipeline.set_rig(rig())
+    for number in range(4):
+        it.sweep(100 * (number + 1))
+        it.until(lambda n=number: len(it.outputs.frames) == n + 1)
+    assert it.engine.kept_field == [False, True, False, True]
+    assert [frame.field_features is not None for frame in it.outputs.frames] == it.engine.kept_field

@@ -28,6 +28,9 @@ class Outputs:
     def __init__(self) -> None:
         self.stamps_ms: list[int] = []
 
+    def wants_field(self) -> bool:
+        return False
+
     def publish(self, frame) -> None:
         self.stamps_ms.append(frame.stamp_ns // MS)
 

@@ -24,7 +24,9 @@ from occflownet_core.camera import Camera, CameraRig
 from occflownet_core.depth_tables import DepthTable
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.labels import FREE
+from occflownet_core.lift_tables import DepthBins, LiftSpec
 from occflownet_core.occupancy_frame import OccupancyFrame
+from occflownet_core.runtime.bundle import Bundle
 from occflownet_ros import conversions, depth_images, publishers
 from occflownet_ros.parameters import Settings
 from occflownet_ros.publishers import STAGES, Outputs, RateLimit
@@ -52,7 +54,7 @@ def frame_with(*labels: int) -> OccupancyFrame:
 
 
 @pytest.fixture
-def graph(monkeypatch):
+def graph(monkeypatch, tmp_path):
     """A lifecycle node with outputs, and a listener, in one private graph."""
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     context = rclpy.Context()
@@ -61,7 +63,9 @@ def graph(monkeypatch):
     executor = SingleThreadedExecutor(context=context)
     executor.add_node(node)
     executor.add_node(listener)
-    outputs = Outputs(node, Settings(voxels_max_rate_hz=0.0, depth_max_rate_hz=0.0), CAMERAS)
+    lift = LiftSpec(GRID, DepthBins(1.0, 5.0, 1.0), feature_height=2, feature_width=4)
+    bundle = Bundle(tmp_path, "by hand", CAMERAS, 64, 32, GRID, lift, occupancy_threshold=0.4)
+    outputs = Outputs(node, Settings(voxels_max_rate_hz=0.0, depth_max_rate_hz=0.0), bundle, print)
     node.trigger_configure()
     node.trigger_activate()
 
@@ -148,7 +152,7 @@ def test_closing_destroys_every_publisher(graph):
     node, _, outputs, _ = graph
     before = len(list(node.publishers))
     outputs.close()
-    assert before - len(list(node.publishers)) == 4 + len(STAGES) + 2 * len(CAMERAS)
+    assert before - len(list(node.publishers)) == 5 + len(STAGES) + 2 * len(CAMERAS)
 
 
 def test_five_hertz_of_a_twelve_hertz_stream():
@@ -179,7 +183,7 @@ def test_rate_limit_holds_over_any_stretch(gaps_s, max_rate_hz):
 def test_the_publishers_names_are_those_that_are_documented(graph):
     node, *_ = graph
     topics = {topic for topic, _ in node.get_topic_names_and_types()}
-    expected = {"occupancy", "labels", "voxels", "costmap", *(f"latency/{stage}" for stage in STAGES)}
+    expected = {"occupancy", "labels", "voxels", "costmap", "mesh", *(f"latency/{stage}" for stage in STAGES)}
     expected |= {f"depth/{camera}/{end}" for camera in ("LEFT", "RIGHT_2") for end in ("image", "camera_info")}
     assert {f"/talker/{name}" for name in expected} <= topics
 

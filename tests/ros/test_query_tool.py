@@ -13,12 +13,11 @@ import trimesh
 from hypothesis import given
 from hypothesis import strategies as st
 
-from occflownet_core.errors import DatasetError, GeometryError
-from occflownet_core.grid import VoxelGrid
+from occflownet_core.errors import DatasetError
 from occflownet_core.runtime.bundle import load_bundle
 from occflownet_core.runtime.engine import create_engine
 from occflownet_ros.engine_inputs import bag_inputs
-from occflownet_ros.query_tool import levels_for, main, read_points
+from occflownet_ros.query_tool import main, read_points
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 COMMON = ["--bundle", str(DEMO / "bundle"), "--bag", str(DEMO / "bag"), "--threads", "1"]
@@ -109,17 +108,6 @@ def test_points_are_read_as_they_were_written(points, named):
 def test_lines_that_are_no_points(text, words):
     with pytest.raises(DatasetError, match=words):
         read_points(text.splitlines(), "a file")
-
-
-@pytest.mark.parametrize(("resolution_m", "levels"), [(1.6, 0), (0.8, 0), (0.7, 1), (0.4, 1), (0.1, 3), (0.09, 4)])
-def test_cells_are_halved_until_they_are_small_enough(resolution_m, levels):
-    assert levels_for(VoxelGrid((0, 0, 0), (8, 8, 8), 0.8), resolution_m) == levels
-
-
-@pytest.mark.parametrize("resolution_m", [0.0, -1.0, float("nan"), float("inf")])
-def test_sizes_that_are_none(resolution_m):
-    with pytest.raises(GeometryError, match=r"--resolution is .*; give a size in metres"):
-        levels_for(VoxelGrid((0, 0, 0), (8, 8, 8), 0.8), resolution_m)
 
 
 @pytest.mark.parametrize(

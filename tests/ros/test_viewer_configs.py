@@ -13,7 +13,7 @@ import rclpy
 import yaml
 from rclpy.lifecycle import LifecycleNode
 
-from occflownet_core.runtime.bundle import load_bundle
+from occflownet_core.runtime.bundle import Bundle, load_bundle
 from occflownet_ros.parameters import Settings
 from occflownet_ros.publishers import Outputs
 from occflownet_ros.share import share_path
@@ -21,6 +21,7 @@ from occflownet_ros.share import share_path
 ROOT = Path(__file__).parents[2]
 # Displays of rviz_default_plugins (plugins_description.xml), the property that names their topic, and what they take.
 RVIZ_DISPLAYS = {
+    "rviz_default_plugins/Marker": ("Topic", "visualization_msgs/msg/Marker"),
     "rviz_default_plugins/MarkerArray": ("Topic", "visualization_msgs/msg/MarkerArray"),
     "rviz_default_plugins/PointCloud2": ("Topic", "sensor_msgs/msg/PointCloud2"),
     "rviz_default_plugins/Map": ("Topic", "nav_msgs/msg/OccupancyGrid"),
@@ -34,17 +35,22 @@ NOT_TO_BE_LOOKED_AT = {"/occflownet/labels", "/occflownet/transition_event"}  # 
 
 
 @pytest.fixture(scope="module")
-def cameras() -> tuple[str, ...]:
-    return load_bundle(share_path("demo", "bundle")).cameras
+def bundle() -> Bundle:
+    return load_bundle(share_path("demo", "bundle"))
 
 
 @pytest.fixture(scope="module")
-def outputs(cameras) -> dict[str, str]:
+def cameras(bundle) -> tuple[str, ...]:
+    return bundle.cameras
+
+
+@pytest.fixture(scope="module")
+def outputs(bundle) -> dict[str, str]:
     """Topics of the real node's outputs and their types."""
     context = rclpy.Context()
     rclpy.init(context=context, domain_id=1 + os.getpid() % 100)
     node = LifecycleNode("occflownet", context=context)
-    outputs = Outputs(node, Settings(), cameras)
+    outputs = Outputs(node, Settings(), bundle, print)
     topics = {topic: types[0] for topic, types in node.get_publisher_names_and_types_by_node("occflownet", "/")}
     outputs.close()
     node.destroy_node()
