@@ -30,7 +30,7 @@ from occflownet_core.mesh import march
 from occflownet_core.mise import SurfaceCells, levels_to, surface_cells
 from occflownet_core.query import POINTS_AT_A_TIME, batches
 from occflownet_core.runtime.bundle import Bundle, load_bundle
-from occflownet_core.runtime.engine import create_engine
+from occflownet_core.runtime.factory import create_engine
 from occflownet_core.runtime.field_query import FieldQuery, FrameField
 from occflownet_ros.engine_inputs import bag_inputs
 from occflownet_ros.share import share_path

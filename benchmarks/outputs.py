@@ -45,7 +45,7 @@ from occflownet_core.mesh import Mesh, extract_mesh
 from occflownet_core.occupancy_frame import OccupancyFrame, surface_voxels
 from occflownet_core.rig_file import load_rig
 from occflownet_core.runtime.bundle import Bundle, load_bundle
-from occflownet_core.runtime.engine import create_engine
+from occflownet_core.runtime.factory import create_engine
 from occflownet_core.runtime.field_query import FieldQuery
 from occflownet_ros import conversions
 from occflownet_ros.engine_inputs import bag_inputs

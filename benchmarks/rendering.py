@@ -38,7 +38,7 @@ from occflownet_core.renderer import Rays, RenderConfig, render
 from occflownet_core.renderer.samplers import grid_segment
 from occflownet_core.rig_file import load_rig
 from occflownet_core.runtime.bundle import load_bundle
-from occflownet_core.runtime.engine import create_engine
+from occflownet_core.runtime.factory import create_engine
 from occflownet_core.voxel_field import VoxelField
 from occflownet_ros.share import share_path
 

@@ -24,15 +24,8 @@ from occflownet_core.runtime.comparison import (
     Parity,
     compare_engines,
 )
-from occflownet_core.runtime.engine import (
-    BACKENDS,
-    HALF,
-    PRECISIONS,
-    SINGLE,
-    Engine,
-    create_engine,
-    engine_cache_folder,
-)
+from occflownet_core.runtime.engine import HALF, PRECISIONS, SINGLE, Engine
+from occflownet_core.runtime.factory import BACKENDS, create_engine, engine_cache_folder
 from occflownet_ros.drive_arguments import add_drive, image_sets, require_one_kind
 
 PROGRAM = "occflownet-engine"

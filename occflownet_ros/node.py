@@ -24,7 +24,8 @@ from occflownet_core.camera import Camera
 from occflownet_core.errors import OccflownetError
 from occflownet_core.rig_file import load_rig
 from occflownet_core.runtime.bundle import Bundle, load_bundle
-from occflownet_core.runtime.engine import Engine, create_engine, engine_cache_folder, warm_up
+from occflownet_core.runtime.engine import Engine, warm_up
+from occflownet_core.runtime.factory import create_engine, engine_cache_folder
 from occflownet_ros.calibration_source import anchor_index, cameras_of_file
 from occflownet_ros.core_log import core_messages
 from occflownet_ros.diagnostics import Complaints

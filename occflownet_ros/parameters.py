@@ -12,7 +12,8 @@ from pathlib import Path
 
 from occflownet_core.errors import OccflownetError
 from occflownet_core.labels import CLASS_NAMES, FREE
-from occflownet_core.runtime.engine import BACKENDS, PRECISIONS
+from occflownet_core.runtime.engine import PRECISIONS
+from occflownet_core.runtime.factory import BACKENDS
 
 _WORD = r"[A-Za-z_]\w*"
 _SHOWN = {"()": "[]", "": '""'}

@@ -24,7 +24,7 @@ from occflownet_core.mesh import Mesh, extract_mesh, require_format, save_mesh
 from occflownet_core.mise import levels_to
 from occflownet_core.query import FieldSamples
 from occflownet_core.runtime.bundle import Bundle, load_bundle
-from occflownet_core.runtime.engine import create_engine
+from occflownet_core.runtime.factory import create_engine
 from occflownet_core.runtime.field_query import FieldQuery, FrameField
 from occflownet_ros.drive_arguments import add_drive, image_sets, require_one_kind
 

@@ -28,7 +28,8 @@ from occflownet_core.labels import labels_above
 from occflownet_core.metrics import ThresholdSweep, VoxelScores
 from occflownet_core.ray_metrics import ray_origins_m
 from occflownet_core.runtime.bundle import Bundle, load_bundle
-from occflownet_core.runtime.engine import BACKENDS, Engine, create_engine
+from occflownet_core.runtime.engine import Engine
+from occflownet_core.runtime.factory import BACKENDS, create_engine
 from training.data.augment import ImageWarp
 from training.data.dataset import load_image
 from training.data.nuscenes import KeyframeIndex, load_occupancy

@@ -13,7 +13,7 @@ from PIL import Image
 from occflownet_core.mesh import extract_mesh
 from occflownet_core.picture import View, draw_mesh, draw_voxels, stacked, titled
 from occflownet_core.runtime.bundle import load_bundle
-from occflownet_core.runtime.engine import create_engine
+from occflownet_core.runtime.factory import create_engine
 from occflownet_core.runtime.field_query import FieldQuery
 from occflownet_ros.engine_inputs import bag_inputs
 from occflownet_ros.share import share_path

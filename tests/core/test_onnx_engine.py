@@ -8,7 +8,7 @@ import pytest
 
 from occflownet_core.errors import BundleError, CalibrationError, EngineError
 from occflownet_core.lift_tables import build_lift_tables
-from occflownet_core.runtime.engine import create_engine
+from occflownet_core.runtime.factory import create_engine
 from occflownet_core.runtime.onnx_engine import OnnxEngine
 from tests.core.graph_by_hand import SPEC, forward, hand_made_graph, images, occupied_label, rig, write
 

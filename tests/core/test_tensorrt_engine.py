@@ -17,7 +17,8 @@ from occflownet_core.errors import BundleError, EngineError
 from occflownet_core.runtime import cuda_device, tensorrt_build, tensorrt_engine
 from occflownet_core.runtime.bundle import FIELD_GRAPH, GRAPH, load_bundle, write_bundle
 from occflownet_core.runtime.cuda_device import CudaDevice, find_gpu
-from occflownet_core.runtime.engine import create_engine, warm_up
+from occflownet_core.runtime.engine import warm_up
+from occflownet_core.runtime.factory import create_engine
 from occflownet_core.runtime.onnx_engine import OnnxEngine
 from occflownet_core.runtime.tensorrt_build import BuildProgress, prepare_engine
 from tests.core.graph_by_hand import SPEC, forward, hand_made_graph, images, occupied_label, rig, write

@@ -43,7 +43,7 @@ def keyframes_of(root, scene_name):
 @pytest.mark.parametrize("scene_name", KEYFRAMES)
 def test_every_keyframes_labels_come_back(scene_name, nuscenes_real_root, tiny_bundle, tmp_path, graph_environment):
     from occflownet_core.runtime.bundle import load_bundle
-    from occflownet_core.runtime.engine import create_engine
+    from occflownet_core.runtime.factory import create_engine
     from occflownet_ros.nuscenes_to_bag import main as nuscenes_to_bag
     from occflownet_ros.parameters import EVERY_SET
     from occflownet_ros.replay import replay_bag

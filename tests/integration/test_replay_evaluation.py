@@ -59,7 +59,7 @@ def offline(root: Path, scene: str) -> tuple[dict[str, np.ndarray], dict | None]
     """What the training's evaluation says of a scene: labels by token, and the scores where there is ground truth."""
     evaluate = pytest.importorskip("training.evaluate", reason="the offline evaluation needs the train extra")
     from occflownet_core.runtime.bundle import load_bundle
-    from occflownet_core.runtime.engine import create_engine
+    from occflownet_core.runtime.factory import create_engine
     from training.data.nuscenes import KeyframeIndex
 
     bundle = load_bundle(BUNDLE)

@@ -20,7 +20,7 @@ from visualization_msgs.msg import Marker
 from occflownet_core.mesh import extract_mesh
 from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_core.runtime.bundle import load_bundle
-from occflownet_core.runtime.engine import create_engine
+from occflownet_core.runtime.factory import create_engine
 from occflownet_core.runtime.field_query import FieldQuery
 from occflownet_ros import mesh_output
 from occflownet_ros.engine_inputs import bag_inputs

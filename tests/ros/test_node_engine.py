@@ -107,7 +107,7 @@ def test_build_only_needs_the_backend_that_is_built():
 
 
 def test_the_cores_messages_pass_for_as_long_as_they_should(capfd):
-    core = logging.getLogger("occflownet_core.runtime.engine")
+    core = logging.getLogger("occflownet_core.runtime.factory")
     with core_messages(get_logger("a_node")):
         for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
             core.log(level, "level %d", level)

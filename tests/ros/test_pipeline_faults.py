@@ -12,7 +12,8 @@ from fault_drive import IMAGE, rig_of
 from sensor_msgs.msg import CompressedImage
 
 from occflownet_core.runtime.bundle import load_bundle
-from occflownet_core.runtime.engine import create_engine, warm_up
+from occflownet_core.runtime.engine import warm_up
+from occflownet_core.runtime.factory import create_engine
 from occflownet_ros.parameters import Settings
 from occflownet_ros.pipeline import Pipeline
 

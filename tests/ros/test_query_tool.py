@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from occflownet_core.errors import DatasetError
 from occflownet_core.runtime.bundle import load_bundle
-from occflownet_core.runtime.engine import create_engine
+from occflownet_core.runtime.factory import create_engine
 from occflownet_ros.engine_inputs import bag_inputs
 from occflownet_ros.query_tool import main, read_points
 

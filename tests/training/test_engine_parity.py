@@ -16,7 +16,7 @@ from occflownet_core.runtime.comparison import (
     Parity,
     compare_engines,
 )
-from occflownet_core.runtime.engine import create_engine
+from occflownet_core.runtime.factory import create_engine
 from tests.training import full_networks
 from tests.training.full_networks import PAPER, REAL_TIME
 from training.export import export, load_model

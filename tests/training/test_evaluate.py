@@ -19,7 +19,8 @@ from occflownet_core.metrics import VoxelScores, confusion_matrix
 from occflownet_core.model import ModelConfig, OccFlowNet
 from occflownet_core.ray_metrics import RayCaster, RayScores
 from occflownet_core.runtime.bundle import load_bundle
-from occflownet_core.runtime.engine import Engine, Prediction, create_engine
+from occflownet_core.runtime.engine import Engine, Prediction
+from occflownet_core.runtime.factory import create_engine
 from training.checkpoint import CONFIG_KEY, PROVENANCE_KEY
 from training.data.nuscenes import KeyframeIndex, load_occupancy
 from training.evaluate import evaluate, main, run_keyframes, scene_ray_origins_m

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from occflownet_core.errors import EngineError, ExportError
 from occflownet_core.model import ModelConfig, OccFlowNet
 from occflownet_core.runtime.bundle import load_bundle, write_bundle
-from occflownet_core.runtime.engine import create_engine
+from occflownet_core.runtime.factory import create_engine
 from training.export import export, load_model, main
 from training.graph import export_graph, require_native_operators
 from training.parity import check_parity, drive, ring_rig

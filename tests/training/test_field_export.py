@@ -13,7 +13,7 @@ from occflownet_core.field import OccupancyField, TorchField
 from occflownet_core.mesh import extract_mesh
 from occflownet_core.model import ModelConfig, OccFlowNet
 from occflownet_core.runtime.bundle import load_bundle, write_bundle
-from occflownet_core.runtime.engine import create_engine
+from occflownet_core.runtime.factory import create_engine
 from occflownet_core.runtime.field_query import FieldQuery
 from training.export import export, load_model
 from training.parity import drive, ring_rig

@@ -18,7 +18,7 @@ from occflownet_core.encoder.stereo import StereoView  # noqa: E402
 from occflownet_core.encoder.volume3d import VolumeEncoder3d  # noqa: E402
 from occflownet_core.labels import FREE  # noqa: E402
 from occflownet_core.model import OccFlowNet  # noqa: E402
-from occflownet_core.runtime.engine import create_engine  # noqa: E402
+from occflownet_core.runtime.factory import create_engine  # noqa: E402
 from training.export import _with_activation_statistics, export  # noqa: E402
 from training.parity import drive, ring_rig  # noqa: E402
 
