@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``occflownet-engine``: engines of a model bundle, compared with one another on recorded data, or built ahead of time."""
+"""``occflownet-engine``: engines of a model bundle, compared on recorded data, built ahead of time, or brought to eight bits."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from occflownet_core.command_line import exit_status
 from occflownet_core.errors import DatasetError, EngineError
 from occflownet_core.runtime.bundle import Bundle, load_bundle
 from occflownet_core.runtime.comparison import (
+    EIGHT_BITS,
     HALF_PRECISION,
     SINGLE_PRECISION,
     EngineRecord,
     Parity,
     compare_engines,
+    require_same_sizes,
 )
 from occflownet_core.runtime.engine import HALF, PRECISIONS, SINGLE, Engine
 from occflownet_core.runtime.factory import BACKENDS, create_engine, engine_cache_folder
 from occflownet_ros.drive_arguments import add_drive, image_sets, require_one_kind
+from occflownet_ros.quantise_tool import add_quantise, quantise
 
 PROGRAM = "occflownet-engine"
 DIVERGED = 1
@@ -37,13 +40,16 @@ engines are named BACKEND or BACKEND:PRECISION; the first is the one that the ot
   backends: {", ".join(BACKENDS)}; precisions: {", ".join(PRECISIONS)} (default {SINGLE}, the graph as it was exported)
 
 allowed without --labels and --error: {SINGLE_PRECISION.label_agreement:.1%} of labels alike and probabilities (and velocities) within {SINGLE_PRECISION.probability_error:g}; where an
-engine is {HALF}, {HALF_PRECISION.label_agreement:.0%} and {HALF_PRECISION.probability_error:g}. Each frame must keep to it.
+engine is {HALF}, {HALF_PRECISION.label_agreement:.0%} and {HALF_PRECISION.probability_error:g}; where a bundle is quantised, {EIGHT_BITS.label_agreement:.0%} and {EIGHT_BITS.probability_error:g}. Each frame must keep to it.
+
+with --reference-bundle the first engine runs that bundle, the others --bundle; then one engine may be named twice.
 
 exit status: 0 the engines agree, {DIVERGED} they do not, 2 something was wrong with what was given.
 
 examples:
   occflownet-engine compare --bundle models/mine --engines onnxruntime,torch --bag scene-0061
   occflownet-engine compare --bundle models/mine --engines onnxruntime,tensorrt:fp16 --dataroot /data/nuscenes --version v1.0-mini
+  occflownet-engine compare --bundle models/mine_int8 --reference-bundle models/mine --engines onnxruntime,onnxruntime --bag scene-0061
 """
 _BUILD_HELP = """
 TensorRT makes an engine for one GPU, one version of itself and one precision; that takes minutes, and the result is kept
@@ -57,12 +63,15 @@ console = Console(highlight=False)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Compare and build the engines that run a model bundle.")
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="Compare, build and quantise the engines that run a model bundle."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_compare(commands)
     _add_build(commands)
+    add_quantise(commands)
     arguments = parser.parse_args(argv)
-    if arguments.command == "compare":
+    if arguments.command != "build":
         if arguments.frames is not None and arguments.frames < 1:
             parser.error(f"--frames is {arguments.frames}; give 1 or more")
         require_one_kind(parser, arguments)
@@ -79,6 +88,9 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="model bundle")
+    parser.add_argument(
+        "--reference-bundle", type=Path, metavar="DIR", help="the first engine's bundle, e.g. the one not quantised"
+    )
     parser.add_argument("--engines", required=True, metavar="A,B", help="two or more engines, see below")
     add_drive(parser)
     parser.add_argument("--gt", type=Path, metavar="DIR", help="root with Occ3D's gts/ (default: the bag's own truth)")
@@ -116,9 +128,13 @@ def compare(arguments: argparse.Namespace) -> bool:
         OccflownetError: with one sentence for the user.
     """
     bundle = load_bundle(arguments.bundle)
-    names = engine_names(arguments.engines)
-    tolerance = _tolerance(arguments, names)
-    engines = {name: _engine(bundle, name, arguments) for name in names}
+    reference = load_bundle(arguments.reference_bundle) if arguments.reference_bundle else bundle
+    require_same_sizes(reference, bundle)
+    first, *others = engine_names(arguments.engines, again=reference is not bundle)
+    tolerance = _tolerance(arguments, [first, *others], [reference, bundle])
+    label = f"{first} of {arguments.reference_bundle.name}" if reference is not bundle else first
+    engines = {label: _engine(reference, first, arguments)}
+    engines |= {name: _engine(bundle, name, arguments) for name in others}
     for engine in engines.values():
         engine.keep_field = bool(bundle.field_channels)  # compared like every other output
     frames = islice(image_sets(arguments, bundle, arguments.gt), arguments.frames)
@@ -133,14 +149,15 @@ def compare(arguments: argparse.Namespace) -> bool:
     return all(record.first_diverging(tolerance) is None for record in records.values())
 
 
-def engine_names(text: str) -> list[str]:
-    """``BACKEND`` and ``BACKEND:PRECISION``, separated by commas.
+def engine_names(text: str, again: bool = False) -> list[str]:
+    """``BACKEND`` and ``BACKEND:PRECISION``, separated by commas; ``again``: the first may come once more.
 
     Raises:
         EngineError: fewer than two, one twice, or an unknown one.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
-    if len(names) < 2 or len(set(names)) < len(names):
+    different = names[1:] if again else names
+    if len(names) < 2 or len(set(different)) < len(different):
         raise EngineError(f"--engines is '{text}'; name two or more different ones, e.g. onnxruntime,torch")
     for name in names:
         backend, _, precision = name.partition(":")
@@ -157,8 +174,9 @@ def _engine(bundle: Bundle, name: str, arguments: argparse.Namespace) -> Engine:
     return create_engine(bundle, backend, arguments.threads, precision or SINGLE, arguments.engine_cache)
 
 
-def _tolerance(arguments: argparse.Namespace, names: Sequence[str]) -> Parity:
+def _tolerance(arguments: argparse.Namespace, names: Sequence[str], bundles: Sequence[Bundle]) -> Parity:
     usual = HALF_PRECISION if any(name.endswith(f":{HALF}") for name in names) else SINGLE_PRECISION
+    usual = EIGHT_BITS if any(bundle.quantisation for bundle in bundles) else usual
     labels = usual.label_agreement if arguments.labels is None else arguments.labels
     error = usual.probability_error if arguments.error is None else arguments.error
     if not 0 <= labels <= 1 or not error >= 0:
@@ -258,8 +276,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         nonlocal agreed
         if arguments.command == "compare":
             agreed = compare(arguments)
-        else:
+        elif arguments.command == "build":
             build(arguments)
+        else:
+            quantise(arguments, console)
 
     status = exit_status(PROGRAM, run)
     return status if status or agreed else DIVERGED

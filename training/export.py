@@ -77,6 +77,7 @@ def export(
     metrics: dict | None = None,
     with_weights: bool = False,
     half_size: bool = False,
+    parity_frames: int = PARITY_FRAMES,
 ) -> tuple[Bundle, Parity]:
     """Write a network's bundle, if its graph does what the network does.
 
@@ -86,6 +87,7 @@ def export(
         provenance, metrics: plain values for ``bundle.yaml``.
         with_weights: add the weights, for the torch engine.
         half_size: store the graph's weights in half precision; it still computes in single precision.
+        parity_frames: of the made-up drive on which graph and network are compared.
 
     Raises:
         ExportError: the graph uses foreign operators or fails the parity check.
@@ -121,7 +123,8 @@ def export(
     with tempfile.TemporaryDirectory() as folder:
         trial = dataclasses.replace(bundle, directory=Path(folder))
         write_bundle(trial, files)
-        parity = check_parity(model, load_bundle(folder), HALF_PRECISION if half_size else SINGLE_PRECISION)
+        required = HALF_PRECISION if half_size else SINGLE_PRECISION
+        parity = check_parity(model, load_bundle(folder), required, parity_frames)
     write_bundle(bundle, files)
     return load_bundle(out), parity
 

@@ -69,7 +69,8 @@ class Bundle:
         field_channels: features per working cell that the graph hands out for queries; 0 where there are no queries.
         model: the network's configuration (``ModelConfig`` as plain values), for rebuilding it.
         provenance: how it was trained, in free words and values.
-        metrics: what was measured, in free words and values.
+        metrics: what was measured, in free words and values; of a quantised model, before it was.
+        quantisation: how the graph was brought to eight bits (``target``, ``data``, ``frames``, ``date``); empty where it was not.
     """
 
     directory: Path
@@ -86,6 +87,7 @@ class Bundle:
     model: dict = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
+    quantisation: dict = field(default_factory=dict)
 
     @property
     def graph_path(self) -> Path:
@@ -129,6 +131,7 @@ def write_bundle(bundle: Bundle, files: Mapping[str, bytes]) -> None:
         "name": bundle.name,
         "provenance": bundle.provenance,
         "metrics": bundle.metrics,
+        **({"quantisation": bundle.quantisation} if bundle.quantisation else {}),
         "occupancy_threshold": float(bundle.occupancy_threshold),
         "cameras": list(bundle.cameras),
         "image": {"width_px": bundle.image_width_px, "height_px": bundle.image_height_px},
@@ -217,6 +220,7 @@ def _bundle(directory: Path, d: dict) -> Bundle:
         model=dict(d.get("model") or {}),
         provenance=dict(d.get("provenance") or {}),
         metrics=dict(d.get("metrics") or {}),
+        quantisation=dict(d.get("quantisation") or {}),
     )
 
 

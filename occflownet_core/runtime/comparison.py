@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from occflownet_core.camera import CameraRig
+from occflownet_core.errors import BundleError
 from occflownet_core.evaluation import OccupancyEvaluation
 from occflownet_core.labels import FREE
-from occflownet_core.runtime.bundle import FIELD_FEATURES
+from occflownet_core.runtime.bundle import FIELD_FEATURES, Bundle
 from occflownet_core.runtime.engine import HALF, Engine, Prediction
 
 LARGEST_HALF = 65504.0
@@ -39,6 +40,7 @@ class Parity:
 
 SINGLE_PRECISION = Parity(label_agreement=0.999, probability_error=1e-3)
 HALF_PRECISION = Parity(label_agreement=0.98, probability_error=0.1)
+EIGHT_BITS = Parity(label_agreement=0.98, probability_error=0.4)
 """What two engines must keep to, by the coarser precision of the two."""
 
 
@@ -166,6 +168,26 @@ class EngineRecord:
             "scores": self.scores.to_dict() if self.scores.samples else None,
             "frames": [vars(frame) for frame in self.frames],
         }
+
+
+def require_same_sizes(a: Bundle, b: Bundle) -> None:
+    """Refuse bundles whose engines cannot be given the same frames, or whose outputs cannot be compared.
+
+    Raises:
+        BundleError: cameras, image size, grid, memory or outputs differ.
+    """
+    for what, ours, theirs in (
+        ("cameras", a.cameras, b.cameras),
+        ("image size in px", (a.image_width_px, a.image_height_px), (b.image_width_px, b.image_height_px)),
+        ("grid", a.grid.to_dict(), b.grid.to_dict()),
+        ("memory", {s.output: s.shape for s in a.recurrent}, {s.output: s.shape for s in b.recurrent}),
+        ("outputs", a.outputs, b.outputs),
+    ):
+        if ours != theirs:
+            raise BundleError(
+                f"bundles {a.directory} and {b.directory} differ in {what} ({ours} and {theirs}); "
+                "compare bundles of one network"
+            )
 
 
 def compare_engines(engines: dict[str, Engine], inputs: Iterable[EngineInput]) -> Iterator[dict[str, EngineRecord]]:

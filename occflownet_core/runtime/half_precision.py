@@ -12,11 +12,16 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from occflownet_core.errors import EngineError
+from occflownet_core.runtime.native_operators import opset
 
 _HALF_SUFFIX, _SINGLE_SUFFIX = "__half", "__single"
 _LARGEST_HALF = float(np.finfo(np.float16).max)
-_SINGLE_ONLY = frozenset({"Constant", "ConstantOfShape", "Range", "QuantizeLinear", "DequantizeLinear"})
-"""Operators left in single precision: they make constants, or carry a precision of their own."""
+_SMALLEST_HALF = np.finfo(np.float16).smallest_subnormal
+_SINGLE_ONLY = frozenset({"Constant", "ConstantOfShape", "Range"})
+"""Operators left in single precision: they make constants."""
+_QUANTISING = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_HALF_SCALES_SINCE = 19
+"""The opset from which on QuantizeLinear and DequantizeLinear take scales, and what they scale, in half precision."""
 _MOVING = frozenset({"Gather", "Concat", "Slice", "Reshape", "Transpose", "Pad", "Squeeze", "Unsqueeze", "Split"})
 """Operators that move numbers about and leave their values alone."""
 _SINGLE_INPUTS = {"Resize": (1, 2)}
@@ -29,7 +34,8 @@ def to_half(graph: ModelProto, keep_single: Collection[str] = ()) -> ModelProto:
     A GridSample stays in single precision, and so does all that leads to the positions it reads at: computed in eleven
     bits they would be off by decimetres in 80 m. So does a running sum (CumSum, by which splatting adds up a voxel's
     points) until the difference of two of its entries is taken, what is only handed through from an input to an output,
-    and the nodes in ``keep_single``.
+    and the nodes in ``keep_single``. What was quantised stays so: from opset 19 on with scales in half precision (no cast
+    comes between a quantised tensor and its layer, so that TensorRT sees them as one), before with scales in single.
 
     Args:
         graph: in single precision, its weights float32, or float16 with a cast behind them.
@@ -41,8 +47,9 @@ def to_half(graph: ModelProto, keep_single: Collection[str] = ()) -> ModelProto:
     Raises:
         EngineError: a weight is too large for half precision, or the types of the graph cannot be inferred.
     """
-    model = _with_single_weights(graph)
+    model = with_single_weights(graph)
     floats = _float_tensors(model)
+    scales = {node.input[1] for node in model.graph.node if node.op_type in _QUANTISING}
     single = _single_nodes(model, keep_single)
     result = ModelProto()
     result.CopyFrom(model)
@@ -54,7 +61,7 @@ def to_half(graph: ModelProto, keep_single: Collection[str] = ()) -> ModelProto:
     for constant in model.graph.initializer:
         result.graph.initializer.append(constant)
         if wanted_half[constant.name]:
-            result.graph.initializer.append(_half_constant(constant))
+            result.graph.initializer.append(_half_constant(constant, constant.name in scales))
     for value in model.graph.input:
         if wanted_half[value.name]:
             result.graph.node.append(_cast(value.name, value.name + _HALF_SUFFIX, TensorProto.FLOAT16))
@@ -76,8 +83,8 @@ def to_half(graph: ModelProto, keep_single: Collection[str] = ()) -> ModelProto:
     return result
 
 
-def _with_single_weights(graph: ModelProto) -> ModelProto:
-    """The same with float32 weights: a cast behind a stored float16 is undone."""
+def with_single_weights(graph: ModelProto) -> ModelProto:
+    """A copy of the graph with float32 weights: a cast behind a stored float16 is undone."""
     model = ModelProto()
     model.CopyFrom(graph)
     halves = {c.name: c for c in model.graph.initializer if c.data_type == TensorProto.FLOAT16}
@@ -109,7 +116,8 @@ def _single_nodes(model: ModelProto, keep: Collection[str]) -> set[str]:
     nodes = model.graph.node
     maker = {name: node for node in nodes for name in node.output}
     warps = [node for node in nodes if node.op_type == "GridSample"]
-    chosen = {node.output[0] for node in nodes if node.op_type in _SINGLE_ONLY or set(node.output) & set(keep)}
+    single_only = _SINGLE_ONLY | (frozenset() if opset(model) >= _HALF_SCALES_SINCE else _QUANTISING)
+    chosen = {node.output[0] for node in nodes if node.op_type in single_only or set(node.output) & set(keep)}
     chosen |= {node.output[0] for node in warps}
     pending = [node.input[1] for node in warps]
     while pending:
@@ -179,14 +187,17 @@ def _is_single_input(node: NodeProto, index: int) -> bool:
     return index in _SINGLE_INPUTS.get(node.op_type, ())
 
 
-def _half_constant(constant: TensorProto) -> TensorProto:
+def _half_constant(constant: TensorProto, is_scale: bool) -> TensorProto:
     array = numpy_helper.to_array(constant)
     largest = float(np.abs(array).max(initial=0.0))
     if largest > _LARGEST_HALF:
         raise EngineError(
             f"weight {constant.name} holds {largest:g}, more than half precision's {_LARGEST_HALF:g}; use fp32"
         )
-    return numpy_helper.from_array(array.astype(np.float16), constant.name + _HALF_SUFFIX)
+    half = array.astype(np.float16)
+    if is_scale:
+        half = np.maximum(half, _SMALLEST_HALF)  # a scale of 0 is none, and belongs to a channel of next to nothing
+    return numpy_helper.from_array(half, constant.name + _HALF_SUFFIX)
 
 
 def _cast(source: str, target: str, kind: int) -> NodeProto:

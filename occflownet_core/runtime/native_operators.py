@@ -9,7 +9,11 @@ Looked up on 2026-11-21:
 - ONNX Runtime has CPU kernels in single precision for every operator below, and casts around those that lack one in half.
 
 Scatters, loops, data-dependent shapes and GridSample in 3D are left out on purpose though TensorRT has some of them: it
-runs them late, slowly, or only in some versions (docs/engines.md). Needs the package ``onnx``.
+runs them late, slowly, or only in some versions (docs/engines.md).
+
+Eight bits are explicit and symmetric: int8, scales and zero points constants, zero points 0, one scale per channel from opset
+13 on (TensorRT's "Working with Quantized Types" and "Explicit Quantization", looked up on 2026-11-29). A graph that
+``quantisation`` wrote for ONNX Runtime's CPU kernels is not one of these. Needs the package ``onnx``.
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from occflownet_core.errors import EngineError
 
@@ -120,10 +125,12 @@ NATIVE: dict[str, Native] = {
     "Resize": Native(_FLOATS, ranks=(4,), refuses=_resize),
     "GridSample": Native(_FLOATS - {TensorProto.BFLOAT16}, ranks=(4,), refuses=_grid_sample),
     "Cast": Native(_ANY | _BOUNDARY),
-    "QuantizeLinear": Native(_FLOATS | _QUANTISED),
-    "DequantizeLinear": Native(_FLOATS | _QUANTISED),
+    "QuantizeLinear": Native(_FLOATS | _QUANTISED, constants=(1, 2)),
+    "DequantizeLinear": Native(_FLOATS | _QUANTISED, constants=(1, 2)),
 }
 _WHOLE = frozenset({TensorProto.INT32, TensorProto.INT64})
+_SCALES_PER_CHANNEL_SINCE = 13
+_REQUANTISE = "quantise with --target tensorrt"
 _INSTEAD = {"GridSample": "fold axes until its maps are 2D", "Cast": "use a type that TensorRT has"}
 
 
@@ -143,19 +150,37 @@ def require_native(graph: ModelProto) -> None:
     types = {v.name: v.type.tensor_type.elem_type for v in values}
     types |= {c.name: c.data_type for c in inferred.initializer}
     shapes = {v.name: v.type.tensor_type.shape.dim for v in values if v.type.tensor_type.HasField("shape")}
-    constants = {c.name for c in inferred.initializer}
-    constants |= {name for n in inferred.node if n.op_type == "Constant" for name in n.output}
+    constants = {c.name: c for c in inferred.initializer}
+    constants |= {n.output[0]: n.attribute[0].t for n in inferred.node if n.op_type == "Constant"}
     boundary = {v.name for v in (*inferred.input, *inferred.output)}
     for node in inferred.node:
         native = _native(node)
         _require_ranks(node, native, shapes)
-        _require_types(node, native, types, boundary)
         for place in native.constants:
             if len(node.input) > place and node.input[place] and node.input[place] not in constants:
                 raise _refusal(node, f"computes its input {place + 1}, which must be a constant; make it one")
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            _require_symmetric(node, types, constants, opset(graph))
+        _require_types(node, native, types, boundary)
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         if wrong := native.refuses(attributes, node):
             raise _refusal(node, f"has {wrong}, which TensorRT lacks; write the model without it")
+
+
+def _require_symmetric(node: NodeProto, types: dict[str, int], constants: dict[str, TensorProto], version: int) -> None:
+    """Refuse quantisation other than int8 around zero."""
+    eight_bits = node.output[0] if node.op_type == "QuantizeLinear" else node.input[0]
+    kind = types.get(eight_bits, TensorProto.INT8)
+    if kind != TensorProto.INT8:
+        what = f"{TensorProto.DataType.Name(kind)} ({eight_bits})"
+        raise _refusal(node, f"has {what} in place of INT8, the only one that TensorRT has; {_REQUANTISE}")
+    scales, zero_points = ([numpy_helper.to_array(constants[n]) for n in node.input[i : i + 1] if n] for i in (1, 2))
+    if np.any(zero_points):
+        raise _refusal(node, f"has a zero point of {np.max(zero_points)}, TensorRT knows 0 alone; {_REQUANTISE}")
+    if not np.all(scales[0] > 0):
+        raise _refusal(node, f"has a scale of {np.min(scales[0]):g}, TensorRT wants more than 0; {_REQUANTISE}")
+    if scales[0].size > 1 and version < _SCALES_PER_CHANNEL_SINCE:
+        raise _refusal(node, f"has scales per channel before opset {_SCALES_PER_CHANNEL_SINCE}; {_REQUANTISE}")
 
 
 def _require_opset(graph: ModelProto) -> None:
@@ -165,6 +190,11 @@ def _require_opset(graph: ModelProto) -> None:
                 f"the graph is of opset {entry.version}; TensorRT 11 and ONNX Runtime run {OPSETS[0]} to {OPSETS[-1]}: "
                 "export it for one of them"
             )
+
+
+def opset(graph: ModelProto) -> int:
+    """Of ONNX's own operators; 0 where the graph has none."""
+    return max((entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx")), default=0)
 
 
 def _native(node: NodeProto) -> Native:

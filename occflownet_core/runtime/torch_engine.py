@@ -33,8 +33,9 @@ class TorchEngine(Engine):
         super().__init__(bundle)
         self.precision = precision
         if bundle.weights_path is None:
+            kind = "the quantised bundle" if bundle.quantisation else "bundle"
             raise EngineError(
-                f"bundle {bundle.directory} carries no weights for the backend 'torch'; "
+                f"{kind} {bundle.directory} carries no weights for the backend 'torch'; "
                 "export it with --with-weights, or use the backend 'onnxruntime'"
             )
         torch.set_num_threads(threads)

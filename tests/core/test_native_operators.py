@@ -34,6 +34,19 @@ def one(op, inputs, output=(1,), constants=None, opset=18, output_kind=FLOAT, ou
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("ours", 1)])
 
 
+def scaled(op="QuantizeLinear", scale=0.5, zero_point=None, opset=19, **attributes):
+    """A graph of one node called "culprit" that quantises, or the reverse."""
+    kind = np.int8 if zero_point is None else np.asarray(zero_point).dtype
+    bits = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    shape = [2, 2]
+    down = op == "QuantizeLinear"
+    zero = np.zeros(np.shape(scale), np.int8) if zero_point is None else zero_point
+    return one(
+        op, [("x", FLOAT if down else bits, shape)], shape, {"s": np.asarray(scale, np.float32), "z": zero}, opset,
+        bits if down else FLOAT, **attributes,
+    )  # fmt: skip
+
+
 MAP4, MAP5 = ("x", FLOAT, [1, 1, 2, 2]), ("x", FLOAT, [1, 1, 2, 2, 2])
 
 
@@ -57,6 +70,12 @@ MAP4, MAP5 = ("x", FLOAT, [1, 1, 2, 2]), ("x", FLOAT, [1, 1, 2, 2, 2])
         (one("MaxPool", [MAP4], (1, 1, 1, 1), kernel_shape=[2, 2], outputs=("out", "places")), "has a second output"),
         (one("ArgMax", [MAP4], (1, 1, 2, 2), output_kind=WHOLE, select_last_index=1), "has select_last_index"),
         (one("GridSample", [MAP4, ("g", FLOAT, [1, 2, 2, 2])], (1, 1, 2, 2), mode="bicubic"), "has mode 'bicubic'"),
+        (scaled(zero_point=np.uint8(0)), r"node 'culprit' uses QuantizeLinear, and it has UINT8 .out. in place of INT8"),
+        (scaled("DequantizeLinear", zero_point=np.int32(0)), r"has INT32 .x. in place of INT8.*quantise with --target tensorrt"),
+        (scaled(zero_point=np.int8(3)), "has a zero point of 3, TensorRT knows 0 alone"),
+        (scaled(scale=0.0), "has a scale of 0, TensorRT wants more than 0"),
+        (scaled(scale=[0.5, 0.25], opset=12), "has scales per channel before opset 13"),
+        (one("QuantizeLinear", [("x", FLOAT, [1]), ("s", FLOAT, [])], output_kind=TensorProto.INT8), "computes its input 2"),
         (one("Exp", [("x", FLOAT, [1])], opset=8), "the graph is of opset 8; TensorRT 11 and ONNX Runtime run 9 to 21"),
         (one("Exp", [("x", FLOAT, [1])], opset=22), "opset 22"),
     ],
@@ -74,6 +93,10 @@ def test_what_a_runtime_lacks_is_refused_and_its_node_named(graph, words):
         one("GridSample", [MAP4, ("g", FLOAT, [1, 2, 2, 2])], (1, 1, 2, 2)),
         one("Conv", [MAP5, ("w", FLOAT, [1, 1, 1, 1, 1])], (1, 1, 2, 2, 2)),
         one("ReduceSum", [MAP4], (1, 1, 1, 2), constants={"a": np.array([2])}),
+        scaled(),
+        scaled("DequantizeLinear"),
+        scaled(scale=[0.5, 0.25], axis=0),
+        scaled("DequantizeLinear", scale=[0.5, 0.25], axis=1),
         one("Gather", [("x", FLOAT, [4, 2]), ("i", TensorProto.INT32, [3])], (3, 2)),
     ],
 )

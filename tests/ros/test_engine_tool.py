@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,51 @@ def test_arguments_that_do_not_go_together(arguments):
     with pytest.raises(SystemExit) as ended:
         compare(*arguments)
     assert ended.value.code == 2
+
+
+@pytest.fixture(scope="module")
+def eight_bits(tmp_path_factory) -> Path:
+    """The demo's bundle quantised for the CPU, by two frames of its bag."""
+    pytest.importorskip("onnx", reason="quantising needs the export or tensorrt extra")
+    out = tmp_path_factory.mktemp("quantised") / "int8"
+    assert main(["quantise", "--bundle", BUNDLE, "--out", str(out), "--bag", BAG, "--frames", "2"]) == 0
+    return out
+
+
+def test_a_quantised_bundle_against_the_one_that_it_was_made_of(eight_bits, tmp_path, capsys):
+    bundle = load_bundle(eight_bits)
+    assert bundle.quantisation == {
+        "target": "cpu", "data": "bag bag", "frames": 2, "date": date.today().isoformat()
+    }  # fmt: skip
+    assert bundle.graph_path.stat().st_size < 0.7 * load_bundle(BUNDLE).graph_path.stat().st_size
+    assert (eight_bits / "field.onnx").read_bytes() == (DEMO / "bundle" / "field.onnx").read_bytes()
+    out, two = tmp_path / "report.json", "onnxruntime,onnxruntime"
+    more = ["--bundle", str(eight_bits), "--reference-bundle", BUNDLE, "--frames", "3", "--out", str(out)]
+    assert compare(*more, engines=two) == 0
+    assert "onnxruntime agrees with onnxruntime of bundle" in capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert report["allowed"] == {"label_agreement": 0.98, "probability_error": 0.4}
+    frames = report["engines"]["onnxruntime"]["frames"]
+    assert all(0.99 < frame["label_agreement"] < 0.9999 for frame in frames)
+    assert compare(*more, "--labels", "0.999", engines=two) == 1
+
+
+def test_mistakes_around_quantising_get_one_sentence(eight_bits, tmp_path, capsys):
+    again = ["quantise", "--bundle", str(eight_bits), "--out", str(tmp_path / "again"), "--bag", BAG]
+    there = ["quantise", "--bundle", BUNDLE, "--out", str(eight_bits), "--bag", BAG]
+    small = write(tmp_path / "small", hand_made_graph().SerializeToString()).directory
+    sizes = ["compare", "--bundle", BUNDLE, "--reference-bundle", str(small), "--engines", "onnxruntime,onnxruntime"]
+    for arguments, words in (
+        (again, "is quantised already"),
+        (there, "exists already"),
+        ([*sizes, "--bag", BAG], "differ in cameras"),
+    ):
+        assert main(arguments) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith("occflownet-engine: ") and words in errors and errors.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main([*there, "--frames", "0"])
+    assert not (tmp_path / "again").exists()
 
 
 def test_names_of_engines():
