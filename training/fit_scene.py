@@ -32,6 +32,7 @@ from training.data.rays import SweepRays
 from training.data.splits import only_version
 from training.evaluation_report import comparison_picture
 from training.scene import Scene, keyframe_labels, load_scene, predicted_range_m
+from training.scene_mesh import add_mesh_options, check_mesh_options, write_drive
 from training.scene_picture import scene_picture
 from training.voxel_fitting import FINEST, RECIPE, FitSettings, FittedVoxels, fit_voxels
 
@@ -41,6 +42,10 @@ what it writes into OUT
   <scene>/<keyframe>/labels.npz   semantics, mask_camera, mask_lidar as Occ3D has them; the masks say where any ray of the
                                   log told something. With OUT inside the root, e.g. data/a/gts_fitted, a network
                                   learns from them: training.fit ... --supervision.kind 3d --data.labels_folder gts_fitted
+  <scene>/drive.npz               the whole drive without what moves: semantics, seen [X, Y, Z], origin_m, voxel_size_m,
+                                  scene_from_global [4, 4]; its frame is the ego frame of the first keyframe
+  <scene>/drive.glb               the whole drive as a mesh in nuScenes' colours, moving objects where they are at one
+                                  keyframe; *.glb stands upright as glTF has it (y up), *.ply is in the frame of drive.npz
   <scene>/fit.json                settings, losses, ranges of held-out rays, IoU where the root has ground truth
   <scene>/*_field.png             a keyframe's photographs beside the ranges that its cameras see in the field, and voxels
   <scene>/*.png                   fitted, true and different voxels (where there is ground truth)
@@ -59,6 +64,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     _check(options)
     version = options.version or only_version(options.dataroot)
     index = KeyframeIndex(options.dataroot, version, scenes=options.scenes)
+    check_mesh_options(options, min(map(len, index.scenes.values())))
     for name in index.scenes:
         print_report(fit_one(index, name, options, console), console)
 
@@ -95,6 +101,7 @@ def fit_one(index: KeyframeIndex, name: str, options: argparse.Namespace, consol
             "threshold": options.threshold,
             "ranges": range_scores(scene, fitted, held_out) if len(held_out) else None,
             **_write_labels(scene, fitted, labels != "none", options, folder, progress),
+            **write_drive(scene, fitted, options, folder),
         }
     report["seconds"] = round(time.perf_counter() - started_s, 1)
     (folder / "fit.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -261,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pictures", type=int, default=2, metavar="N", help="number of keyframes to draw (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of drawn and held-out rays (default 0)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    add_mesh_options(parser)
     return parser
 
 

@@ -46,6 +46,7 @@ class Scene:
         grid: around what all keyframes' label boxes hold, and the bays.
         rays: of all keyframes.
         boxes: moving objects, ``now`` in their bays.
+        static: the grid without bays; it has the same lower corner.
     """
 
     keyframes: tuple[Keyframe, ...]
@@ -53,6 +54,7 @@ class Scene:
     grid: VoxelGrid
     rays: Rays
     boxes: MovingBoxes
+    static: VoxelGrid
 
     @cached_property
     def motion(self) -> BoxFlow:
@@ -106,7 +108,7 @@ def load_scene(
         rays.camera_index,
         rays.batch_index,
     )
-    return Scene(keyframes, scene_from_global, grid, rays, boxes)
+    return Scene(keyframes, scene_from_global, grid, rays, boxes, static)
 
 
 def grid_around(keyframes: Sequence[Keyframe], scene_from_global: np.ndarray, voxel_size_m: float) -> VoxelGrid:

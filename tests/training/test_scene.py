@@ -88,7 +88,7 @@ def driving_car_scene() -> Scene:
     y_m, z_m, range_m, label, time = map(np.array, zip(*rows, strict=True))
     origin_m = np.stack([np.full(len(rows), 0.05), y_m, z_m], axis=1)
     rays = Rays.from_numpy(origin_m, np.tile([1.0, 0, 0], (len(rows), 1)), range_m, label, time)
-    return Scene((keyframe(0.0), keyframe(0.0)), np.eye(4), grid, rays, boxes)
+    return Scene((keyframe(0.0), keyframe(0.0)), np.eye(4), grid, rays, boxes, static)
 
 
 def test_a_car_that_drives_is_fitted_once_and_is_where_it_is_at_each_keyframe():
@@ -161,7 +161,11 @@ def test_the_command_writes_labels_for_every_keyframe_and_a_report(tiny_root, ca
                 ("semantics", "mask_camera", "mask_lidar"), OCC3D_GRID.shape
             )
             assert found["semantics"].max() <= FREE and found["mask_camera"].any()
+    with np.load(folder / "drive.npz") as drive:
+        assert drive["semantics"].shape >= OCC3D_GRID.shape and drive["seen"].any()
+    assert (folder / "drive.glb").read_bytes()[:4] == b"glTF"
     report = json.loads((folder / "fit.json").read_text())
+    assert report["mesh"]["cell_m"] == 0.2 and report["mesh"]["keyframe"] == 1
     assert report["labels"] == "lidarseg" and report["keyframes"] == 2 and report["moving_objects"] >= 1
     assert report["ranges"]["rays"] > 100 and report["against_truth"]["samples"] == 2
     assert len(list(folder.glob("*_field.png"))) == 1 and len(list(folder.glob("*.png"))) == 2
@@ -173,6 +177,11 @@ def test_the_command_writes_labels_for_every_keyframe_and_a_report(tiny_root, ca
     [
         (["--hold-out", "1"], "--hold-out is 1; give a share"),
         (["--threshold", "1.5"], "--threshold is 1.5; give a probability between 0 and 1"),
+        (["--mesh", "-0.1"], "--mesh is -0.1; give the size of its cells"),
+        (["--mesh-threshold", "0.005"], "--mesh-threshold is 0.005; give a probability between 0.008"),
+        (["--mesh-keyframe", "2"], "--mesh-keyframe is 2; give one of 0 to 1"),
+        (["--mesh-file", "drive.obj"], "drive.obj is no mesh format that can be written"),
+        (["--mesh-file", "a/drive.ply"], "--mesh-file is a/drive.ply; give a name without folders"),
         (["--scenes", "tiny-0009"], "has no scene tiny-0009"),
     ],
 )
