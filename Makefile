@@ -55,6 +55,7 @@ bench: $(STAMPS)-test
 	$(BIN)/python -m benchmarks.rendering --out out/bench
 	$(BIN)/python -m benchmarks.mesh --out out/bench
 	$(BIN)/python -m benchmarks.encoder --out out/bench
+	$(BIN)/python -m benchmarks.engines --out out/bench
 
 soak: $(STAMPS)-test
 	$(BIN)/python -m benchmarks.soak --out out/bench

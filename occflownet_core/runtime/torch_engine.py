@@ -21,6 +21,7 @@ class TorchEngine(Engine):
         bundle: from ``load_bundle``, exported with its weights.
         threads: CPU threads; PyTorch has one such setting for the whole process.
         precision: ``fp32``, or ``fp16`` for PyTorch's own mixed precision (autocast).
+        compiled: run it through ``torch.compile``; the first frame takes a minute.
 
     Raises:
         EngineError: the bundle carries no weights, or other ones than its configuration describes.
@@ -29,7 +30,7 @@ class TorchEngine(Engine):
 
     name = "torch"
 
-    def __init__(self, bundle: Bundle, threads: int = 1, precision: str = SINGLE) -> None:
+    def __init__(self, bundle: Bundle, threads: int = 1, precision: str = SINGLE, compiled: bool = False) -> None:
         super().__init__(bundle)
         self.precision = precision
         if bundle.weights_path is None:
@@ -48,6 +49,7 @@ class TorchEngine(Engine):
             reason = " ".join(str(error).split())[:200]
             raise EngineError(f"{bundle.weights_path} is not of the bundle's network ({reason} ...)") from None
         self._deployed = DeployedModel(model).to(self._device).eval()
+        self._run = torch.compile(self._deployed) if compiled else self._deployed
         self.reset()
 
     def reset(self) -> None:
@@ -60,10 +62,10 @@ class TorchEngine(Engine):
     def _load_tables(self, tables: LiftTables) -> None:
         self._table_tensors = [torch.from_numpy(array).to(self._device) for array in tables.arrays().values()]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # torch.compile takes no inference mode where a network computes constants with NumPy
     def _forward(self, images: np.ndarray, previous_from_current: np.ndarray) -> Prediction:
         with torch.autocast(self._device.type, torch.float16, enabled=self.precision == HALF):
-            results = self._deployed(
+            results = self._run(
                 torch.from_numpy(images).to(self._device),
                 *self._table_tensors,
                 torch.from_numpy(previous_from_current).to(self._device),

@@ -26,7 +26,6 @@ from occflownet_core.runtime.quantisation import (  # noqa: E402
     quantised,
     recorded_feeds,
 )
-from occflownet_core.runtime.torch_engine import TorchEngine  # noqa: E402
 from occflownet_ros import quantise_tool  # noqa: E402
 from tests.core import graph_by_hand  # noqa: E402
 
@@ -273,8 +272,9 @@ def test_a_quantised_bundle_says_how_it_came_to_be(tmp_path):
     assert again.quantisation == note
     with pytest.raises(BundleError, match="is quantised already; give the one that it was made of"):
         quantise_bundle(again, frames(1), "cpu", tmp_path / "out", "test")
+    torch_engine = pytest.importorskip("occflownet_core.runtime.torch_engine", reason="PyTorch is not installed")
     with pytest.raises(EngineError, match=r"the quantised bundle .* carries no weights"):
-        TorchEngine(again)
+        torch_engine.TorchEngine(again)
 
 
 def test_what_cannot_be_quantised_is_refused_before_anything_runs(tmp_path):
