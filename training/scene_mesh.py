@@ -194,7 +194,7 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.2,
         metavar="P",
-        help="probability at which its surface lies (default 0.2: the surface is then nearest to the LiDAR's returns)",
+        help="probability at which its surface lies (default 0.2; less keeps more of what few beams met, but swells all things)",
     )
 
 
