@@ -7,6 +7,7 @@ Density is per metre: a length l of constant density s is opaque with probabilit
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +36,7 @@ class FieldConfig:
         density_scale_per_m: what the activation is multiplied with, 1/m (1 for the published sigmoid).
         initial_density_per_m: density of the untrained field, 1/m; low, so that rays see far from the first step on.
         velocity: whether there is a third decoder, for the velocity of what is there.
+        color: whether there is one for its colour, which photometric supervision compares with images.
     """
 
     channels: int = 32
@@ -44,10 +46,11 @@ class FieldConfig:
     density_scale_per_m: float = 5.0
     initial_density_per_m: float = 0.1
     velocity: bool = False
+    color: bool = False
 
 
 class FieldDecoder(nn.Module):
-    """Small perceptrons over voxel features: density, class logits and, where configured, velocity.
+    """Small perceptrons over voxel features: density, class logits and, where configured, velocity and colour.
 
     Raises:
         ConfigError: a density setting is out of range, or the activation is unknown.
@@ -64,6 +67,8 @@ class FieldDecoder(nn.Module):
             # A world that stands still is the best first guess; rays of neighbour keyframes are right for most of it.
             nn.init.zeros_(self.velocity_head[-1].weight)
             nn.init.zeros_(self.velocity_head[-1].bias)
+        if config.color:
+            self.color_head = _perceptron(config.channels, config.hidden, config.layers, 3)
 
     def pre_density(self, features: Tensor) -> Tensor:
         """What the density activation takes, [...], of features [..., C]."""
@@ -87,6 +92,16 @@ class FieldDecoder(nn.Module):
         if not self.config.velocity:
             raise ConfigError("this field predicts no velocity; set model.field.velocity: true and train it")
         return self.velocity_head(features)
+
+    def color(self, features: Tensor) -> Tensor:
+        """RGB [..., 3], 0 to 1, of what is there, of features [..., C].
+
+        Raises:
+            ConfigError: the field was configured without colour.
+        """
+        if not self.config.color:
+            raise ConfigError("this field predicts no colour; set model.field.color: true and train it")
+        return self.color_head(features).sigmoid()
 
 
 @dataclass(frozen=True)
@@ -176,11 +191,7 @@ class OccupancyField:
         Raises:
             GeometryError: the grid is another box, or its cells do not divide the working ones.
         """
-        factor = self._refinement(grid or self.grid)
-        features = self.features.movedim(1, -1)  # [B, Z, Y, X, C]
-        pre_density = refine(self.decoder.pre_density(features)[:, None], factor)[:, 0]  # [B, Z', Y', X']
-        logits = refine(self.decoder.logits(features).movedim(-1, 1), factor)  # [B, 17, Z', Y', X']
-        return self.decoder.density(pre_density), logits
+        return self._on(grid or self.grid, self.decoder.logits)
 
     def velocity_lattice(self, grid: VoxelGrid | None = None) -> Tensor:
         """Velocity [B, 3, Z, Y, X] in m/s at a grid's cell centres; argument and errors as for ``lattice``.
@@ -191,6 +202,14 @@ class OccupancyField:
         velocity_mps = self.decoder.velocity(self.features.movedim(1, -1)).movedim(-1, 1)
         return refine(velocity_mps, self._refinement(grid or self.grid))
 
+    def colored(self) -> ColoredField:
+        """The same density with colour where class logits are: what renders as the colour that a ray ends at.
+
+        Raises:
+            ConfigError: see ``FieldDecoder.color``; raised when it is read.
+        """
+        return ColoredField(self)
+
     def _at(self, points_m: Tensor, batch_index: Tensor) -> tuple[Tensor, Tensor]:
         """Features [N, C] at points, the outermost half cells flat; and which points [N] lie in the box."""
         lower_m, upper_m = (points_m.new_tensor(corner) for corner in (self.grid.lower_m, self.grid.upper_m))
@@ -198,6 +217,14 @@ class OccupancyField:
         half_cell_m = self.grid.voxel_size_m / 2
         bounded_m = points_m.maximum(lower_m + half_cell_m).minimum(upper_m - half_cell_m)
         return trilinear(self.features, self.grid, bounded_m, batch_index), inside
+
+    def _on(self, grid: VoxelGrid, decode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Density [B, Z, Y, X], and what else is decoded [B, K, Z, Y, X], at a grid's cell centres."""
+        factor = self._refinement(grid)
+        features = self.features.movedim(1, -1)  # [B, Z, Y, X, C]
+        pre_density = refine(self.decoder.pre_density(features)[:, None], factor)[:, 0]  # [B, Z', Y', X']
+        decoded = refine(decode(features).movedim(-1, 1), factor)  # [B, K, Z', Y', X']
+        return self.decoder.density(pre_density), decoded
 
     def _refinement(self, grid: VoxelGrid) -> int:
         factor = round(self.grid.voxel_size_m / grid.voxel_size_m)
@@ -207,6 +234,29 @@ class OccupancyField:
                 f"grid from {grid.lower_m} in cells of {grid.voxel_size_m} m; give the same box in cells that divide its own"
             )
         return factor
+
+
+@dataclass(frozen=True)
+class ColoredField:
+    """An occupancy field whose "semantics" are RGB, 0 to 1 (``voxel_field.Field``): renderers add up either alike.
+
+    Attributes:
+        field: with a colour decoder.
+    """
+
+    field: OccupancyField
+
+    def density(self, points_m: Tensor, batch_index: Tensor) -> Tensor:
+        return self.field.density(points_m, batch_index)
+
+    def semantics(self, points_m: Tensor, batch_index: Tensor) -> Tensor:
+        """RGB [N, 3]; black outside the box."""
+        features, inside = self.field._at(points_m, batch_index)
+        return self.field.decoder.color(features) * inside[:, None]
+
+    def lattice(self, grid: VoxelGrid | None = None) -> tuple[Tensor, Tensor]:
+        """Density [B, Z, Y, X] and RGB [B, 3, Z, Y, X]; argument and errors as for ``OccupancyField.lattice``."""
+        return self.field._on(grid or self.field.grid, self.field.decoder.color)
 
 
 @dataclass(frozen=True)

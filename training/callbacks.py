@@ -74,7 +74,7 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.path)
 
 
-def best_checkpoint(out: Path, monitor: str = "val/miou") -> ModelCheckpoint:
+def best_checkpoint(out: Path, monitor: str) -> ModelCheckpoint:
     """Keeps ``best.ckpt``, the weights of the best validation."""
     return ModelCheckpoint(
         dirpath=out,
@@ -177,7 +177,8 @@ class ProgressReport(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if trainer.is_global_zero and metrics:
-            self._validation = f"  val mIoU {100 * metrics.get('val/miou', float('nan')):.2f} %"
+            score = pl_module.config.supervision.score
+            self._validation = f"  val {score} {100 * metrics.get(f'val/{score}', float('nan')):.2f} %"
             text = "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
             self.console.print(f"validation at step {trainer.global_step}: {text}", soft_wrap=True)
 

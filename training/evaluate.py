@@ -31,9 +31,9 @@ from occflownet_core.runtime.bundle import Bundle, load_bundle
 from occflownet_core.runtime.engine import Engine
 from occflownet_core.runtime.factory import BACKENDS, create_engine
 from training.data.augment import ImageWarp
-from training.data.dataset import load_image
 from training.data.nuscenes import KeyframeIndex, load_occupancy
 from training.data.splits import ALL, only_version
+from training.data.views import load_image
 from training.evaluation_report import comparison_picture, print_report
 
 SWEEP = tuple(np.round(np.arange(0.05, 0.96, 0.05), 2))

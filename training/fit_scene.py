@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fit one field per log to all its LiDAR sweeps, and write what it says about every keyframe as Occ3D labels.
+"""Fit one field per log to all its LiDAR sweeps, or to its images alone, and write what it says about every keyframe as
+Occ3D labels.
 
 python -m training.fit_scene --dataroot data/a --out data/a/gts_fitted
 """
@@ -10,8 +11,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from occflownet_core.boxes import MovingBoxes
 from occflownet_core.command_line import exit_status
 from occflownet_core.errors import ConfigError
 from occflownet_core.evaluation import OccupancyEvaluation
@@ -31,12 +33,15 @@ from training.data.nuscenes import Keyframe, KeyframeIndex, load_occupancy
 from training.data.rays import SweepRays
 from training.data.splits import only_version
 from training.evaluation_report import comparison_picture
+from training.image_scene import IMAGE_RECIPE, fit_to_images, load_image_scene, still_lidar_rays
 from training.scene import Scene, keyframe_labels, load_scene, predicted_range_m
 from training.scene_mesh import add_mesh_options, check_mesh_options, write_drive
 from training.scene_picture import scene_picture
 from training.voxel_fitting import FINEST, RECIPE, FitSettings, FittedVoxels, fit_voxels
 
 WITHIN_M = (0.2, 0.4, 1.0)
+_USUAL_STEPS, _USUAL_RAYS = {"lidar": 60, "images": 150}, {"lidar": 16384, "images": 4096}
+_TEST_RAYS = 100_000
 _HELP_END = """
 what it writes into OUT
   <scene>/<keyframe>/labels.npz   semantics, mask_camera, mask_lidar as Occ3D has them; the masks say where any ray of the
@@ -74,33 +79,38 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--hold-out is {options.hold_out:g}; give a share from 0 up to, but not including, 1")
     if not 0 < options.threshold < 1:
         raise ConfigError(f"--threshold is {options.threshold:g}; give a probability between 0 and 1")
+    if options.source == "images" and (options.labels or options.hold_out):
+        raise ConfigError(
+            "--labels and --hold-out are about LiDAR points, which --from images does not learn from; leave them out"
+        )
+    if options.image_width < 16:
+        raise ConfigError(f"--image-width is {options.image_width}; give at least 16 pixels")
     if options.threads:
         torch.set_num_threads(options.threads)
 
 
 def fit_one(index: KeyframeIndex, name: str, options: argparse.Namespace, console: Console) -> dict:
     """Fit a scene, write its labels and its report; the report."""
-    labels = options.labels or known_labels([index[i] for i in index.scenes[name]])
     folder = options.out / name
     folder.mkdir(parents=True, exist_ok=True)
     started_s = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        reading = progress.add_task(f"{name}: reading sweeps", total=len(index.scenes[name]), note="")
-        scene = load_scene(index, name, SweepRays(labels), options.voxel_size, lambda: progress.advance(reading))
-        fitted, held_out = _fit(scene, labels, options, progress)
+        fit = (_from_images if options.source == "images" else _from_lidar)(index, name, options, progress)
+        scene, fitted = fit.scene, fit.fitted
         report = {
             "scene": name,
-            "labels": labels,
+            "from": options.source,
+            "labels": fit.labels,
             "keyframes": len(scene.keyframes),
             "voxel_size_m": options.voxel_size,
             "cells": scene.grid.size,
-            "moving_objects": len(scene.boxes.ego_from_box_now[:, :2, 3].unique(dim=0)) if len(scene.boxes) else 0,
-            "steps": options.steps,
+            "moving_objects": len(fit.moving.ego_from_box_now[:, :2, 3].unique(dim=0)) if len(fit.moving) else 0,
+            "steps": _steps(options),
             "terms": fitted.terms,
             "threshold": options.threshold,
-            "ranges": range_scores(scene, fitted, held_out) if len(held_out) else None,
-            **_write_labels(scene, fitted, labels != "none", options, folder, progress),
+            "ranges": range_scores(scene, fitted, fit.unseen) if len(fit.unseen) else None,
+            **_write_labels(scene, fitted, fit.labels != "none", options, folder, progress),
             **write_drive(scene, fitted, options, folder),
         }
     report["seconds"] = round(time.perf_counter() - started_s, 1)
@@ -116,29 +126,78 @@ def known_labels(keyframes: Sequence[Keyframe]) -> str:
     return "none"
 
 
-def _fit(scene: Scene, labels: str, options: argparse.Namespace, progress: Progress) -> tuple[FittedVoxels, Rays]:
-    """The fitted field, and the rays that it never saw."""
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """What came of a fit.
+
+    Attributes:
+        scene, fitted: frame and field.
+        moving: boxes of what was taken out.
+        labels: kind of point labels that it learned from.
+        unseen: LiDAR rays that it never saw.
+    """
+
+    scene: Scene
+    fitted: FittedVoxels
+    moving: MovingBoxes
+    labels: str
+    unseen: Rays
+
+
+def _from_lidar(index: KeyframeIndex, name: str, options: argparse.Namespace, progress: Progress) -> _Fit:
+    labels = options.labels or known_labels([index[i] for i in index.scenes[name]])
+    reading = progress.add_task(f"{name}: reading sweeps", total=len(index.scenes[name]), note="")
+    scene = load_scene(index, name, SweepRays(labels), options.voxel_size, lambda: progress.advance(reading))
     generator = torch.Generator().manual_seed(options.seed)
     held_out = torch.rand(len(scene.rays), generator=generator) < options.hold_out
     motion, rays = scene.motion, scene.rays[~held_out]
     rays = rays[motion.keeps(rays, scene.grid)]
-    settings = FitSettings(
-        options.steps,
-        options.rays_per_step,
+    on_step = _step_reporter(progress, options)
+    fitted = fit_voxels(rays, motion, scene.grid, _settings(options), losses_for(labels), on_step=on_step)
+    unseen = scene.rays[held_out]
+    return _Fit(scene, fitted, scene.boxes, labels, unseen[motion.keeps(unseen, scene.grid)])
+
+
+def _from_images(index: KeyframeIndex, name: str, options: argparse.Namespace, progress: Progress) -> _Fit:
+    reading = progress.add_task(f"{name}: reading images", total=len(index.scenes[name]), note="")
+    images = load_image_scene(
+        index, name, options.image_width, options.voxel_size, on_keyframe=lambda: progress.advance(reading)
+    )
+    recipe = replace(IMAGE_RECIPE, pixels_per_step=_rays_per_step(options))
+    fitted = fit_to_images(images, _settings(options), recipe, _step_reporter(progress, options))
+    generator = torch.Generator().manual_seed(options.seed)
+    unseen = still_lidar_rays(images).sample(_TEST_RAYS, generator)
+    return _Fit(images.scene, fitted, images.moving, "none", unseen)
+
+
+def _settings(options: argparse.Namespace) -> FitSettings:
+    return FitSettings(
+        _steps(options),
+        _rays_per_step(options),
         current_share=None,
         forgetting=options.forgetting,
         seed=options.seed,
         density_levels=(FINEST, (4, 4, 1), (8, 8, 1), (1, 1, 4)),
         logit_levels=(FINEST, (4, 4, 1)),
     )
-    fitting = progress.add_task("fitting", total=options.steps, note="")
+
+
+def _steps(options: argparse.Namespace) -> int:
+    return options.steps or _USUAL_STEPS[options.source]
+
+
+def _rays_per_step(options: argparse.Namespace) -> int:
+    return options.rays_per_step or _USUAL_RAYS[options.source]
+
+
+def _step_reporter(progress: Progress, options: argparse.Namespace) -> Callable[[dict[str, torch.Tensor]], None]:
+    """What shows a fit's steps and terms."""
+    fitting = progress.add_task("fitting", total=_steps(options), note="")
 
     def on_step(terms: dict[str, torch.Tensor]) -> None:
         progress.update(fitting, advance=1, note="  ".join(f"{name} {term.item():.3f}" for name, term in terms.items()))
 
-    fitted = fit_voxels(rays, motion, scene.grid, settings, losses_for(labels), on_step=on_step)
-    unseen = scene.rays[held_out]
-    return fitted, unseen[motion.keeps(unseen, scene.grid)]
+    return on_step
 
 
 def losses_for(labels: str) -> LossConfig:
@@ -222,12 +281,8 @@ def print_report(report: dict, console: Console) -> None:
         console.print(table)
     if scores := report["against_truth"]:
         table = Table("labels against ground truth, %", "camera mask", "no mask", title_justify="left")
-        for name, key in (
-            ("mIoU, 17 classes", "miou_17"),
-            ("mIoU, dynamic", "dynamic_miou"),
-            ("mIoU, static", "static_miou"),
-            ("occupied or free", "geometric_iou"),
-        ):
+        by_class = (("mIoU, 17 classes", "miou_17"), ("mIoU, dynamic", "dynamic_miou"), ("mIoU, static", "static_miou"))
+        for name, key in (*(by_class if report["labels"] != "none" else ()), ("occupied or free", "geometric_iou")):
             values = (scores[part][key] for part in ("camera_mask", "no_mask"))
             table.add_row(name, *("-" if value is None else f"{100 * value:.1f}" for value in values))
         console.print(table)
@@ -236,8 +291,8 @@ def print_report(report: dict, console: Console) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.fit_scene",
-        description="Fit one occupancy field per log to all its LiDAR sweeps, moving objects taken out by their boxes, and "
-        "write its voxels at every keyframe: labels for training, made without any 3D label.",
+        description="Fit one occupancy field per log to all its LiDAR sweeps, or to its images alone, moving objects taken out "
+        "by their boxes, and write its voxels at every keyframe: labels for training, made without any 3D label.",
         epilog=_HELP_END,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -252,9 +307,24 @@ def _parser() -> argparse.ArgumentParser:
         choices=("lidarseg", "panoptic", "none"),
         help="classes of LiDAR points (default: what the root has)",
     )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        choices=("lidar", "images"),
+        default="lidar",
+        help="what the field must explain: LiDAR returns, or the photographs alone (default %(default)s). From images "
+        "it learns shapes without classes, of what stands still; LiDAR, where there is any, only tests it",
+    )
+    parser.add_argument(
+        "--image-width",
+        type=int,
+        default=480,
+        metavar="PX",
+        help="of the images that are compared (default %(default)s)",
+    )
     parser.add_argument("--voxel-size", type=float, default=0.4, metavar="M", help="of the fit (default 0.4 m)")
-    parser.add_argument("--steps", type=int, default=60, help="optimiser steps (default %(default)s)")
-    parser.add_argument("--rays-per-step", type=int, default=16384, metavar="N", help="default %(default)s")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default 60, from images 150)")
+    parser.add_argument("--rays-per-step", type=int, metavar="N", help="default 16384, from images 4096")
     parser.add_argument("--forgetting", type=float, default=0.1, help="weight decay of the density (default 0.1)")
     parser.add_argument(
         "--hold-out", type=float, default=0.0, metavar="SHARE", help="of the rays, kept from the fit to test it (0)"

@@ -73,9 +73,11 @@ class ResumableLoader(DataLoader):
         """Nothing to load."""
 
 
-def ray_source(config: TrainingConfig, root: str) -> RaySource:
-    """The labelled rays that a run asks for, of one data root."""
+def ray_source(config: TrainingConfig, root: str) -> RaySource | None:
+    """The labelled rays that a run asks for, of one data root; None where it learns from images alone."""
     data, pseudo = config.data, config.data.pseudo
+    if config.supervision.kind == "photometric":
+        return None
     if data.rays == "pseudo":
         return PseudoLabelRays(root, pseudo.depth, pseudo.label, pseudo.depth_unit_m, pseudo.stride)
     return LidarRays(data.rays, data.no_return_rays, half_pixel_offset=config.rendering.half_pixel_offset)
@@ -100,11 +102,11 @@ class OccupancyData(pl.LightningDataModule):
         if not any(roots):
             raise DatasetError("data.dataroot is not given; say --data.dataroot DIR, a data set in the nuScenes format")
         settings = {
-            "horizon": data.horizon if supervision.renders else 0,
+            "horizon": data.horizon if supervision.renders or config.photometric.is_used else 0,
             "beyond_is_free": data.beyond_is_free,
-            "boxes": supervision.renders
-            and (config.motion.kind == "box_flow" or config.losses.box_velocity_weight > 0),
-            "depth": config.losses.depth_weight > 0 or config.losses.image_semantic_weight > 0,
+            "sources": config.photometric.sources if config.photometric.is_used else 0,
+            "boxes": config.needs_boxes,
+            "depth": config.reads_pixel_labels,
             "occupancy": "required" if supervision.reads_voxels else "none",
             "augmentation": data.augmentation if data.augment else None,
         }

@@ -113,7 +113,7 @@ class OccupancyLearner(pl.LightningModule):
 
     @property
     def threshold(self) -> float:
-        """The occupancy threshold of the best mIoU in the latest validation; the configured one before."""
+        """The occupancy threshold of the best score in the latest validation; the configured one before."""
         return self.scores.get("threshold", self.config.model.occupancy_threshold)
 
     def step_generator(self, batch_idx: int) -> torch.Generator:
@@ -145,12 +145,13 @@ class OccupancyLearner(pl.LightningModule):
         )
 
     def on_validation_epoch_end(self) -> None:
-        """Scores of all processes together, at the threshold with the best mIoU."""
+        """Scores of all processes together, at the threshold with the best mIoU (``supervision.score``)."""
         counts = torch.from_numpy(self.validation_sweep.confusion_matrices()).to(self.device)
         if self.trainer.world_size > 1:
             counts = self.all_gather(counts).sum(dim=0)
         each = [VoxelScores.of(matrix) for matrix in counts.cpu().numpy()]
-        best = max(range(len(each)), key=lambda i: np.nan_to_num(each[i].miou, nan=-1.0))
+        score = self.config.supervision.score
+        best = max(range(len(each)), key=lambda i: np.nan_to_num(getattr(each[i], score), nan=-1.0))
         scores = each[best]
         self.scores = {
             "miou": scores.miou,

@@ -25,6 +25,7 @@ from occflownet_core.losses import (
 )
 from occflownet_core.model import ModelOutput, ObservedImages
 from occflownet_core.motion import BoxFlow, DynamicFilter, LearnedFlow, StaticWorld, box_velocities
+from occflownet_core.photometric import draw_still_pixels, photometric_losses
 from occflownet_core.point_losses import supervised_rays
 from occflownet_core.renderer import Rays
 from training.data.batch import OccupancyBatch
@@ -65,6 +66,8 @@ class Objective:
             terms |= self.ray_terms(output, batch, generator)
         if supervision.reads_voxels:
             terms |= self.voxel_terms(output, batch)
+        if self.config.photometric.is_used:
+            terms |= self.photometric_terms(output, batch, generator)
         return terms | self.image_terms(output.seen, batch)
 
     def ray_terms(self, output: ModelOutput, batch: OccupancyBatch, generator: torch.Generator) -> dict[str, Tensor]:
@@ -95,6 +98,20 @@ class Objective:
             error = velocity_loss(velocity_mps.flatten(2).movedim(1, -1)[sample, cell], wanted_mps)
             terms["box_velocity"] = losses.box_velocity_weight * error
         return terms
+
+    def photometric_terms(
+        self, output: ModelOutput, batch: OccupancyBatch, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Supervision by images alone: pixels of several keyframes that see what stands still."""
+        if batch.views is None:
+            raise DatasetError(f"samples {', '.join(batch.tokens)} came without views, which photometric terms need")
+        settings, rendering = self.config.photometric, self.config.rendering.at(self.done)
+        boxes = required_boxes(batch) if self.config.motion.kind == "box_flow" else None
+        pixels = draw_still_pixels(batch.views, boxes, settings, generator)
+        self.rays += len(pixels)
+        return photometric_losses(
+            output.field.colored(), batch.views, pixels, self.render_grid, settings, rendering, generator
+        )
 
     def voxel_terms(self, output: ModelOutput, batch: OccupancyBatch) -> dict[str, Tensor]:
         """3D supervision: ground-truth voxels."""

@@ -19,6 +19,7 @@ _SUPERVISION = {
     "2d": "2D labels only: {rays}, {motion}",
     "3d": "{voxels} only",
     "images": "2D labels of single images only: depth and class from {rays}",
+    "photometric": "images alone ({pixels}, keyframes -{horizon} to {horizon})",
     "2d3d": "2D labels ({rays}, {motion}) and {voxels}",
 }
 _OF_START = ("supervision", "initial_weights", "dataset", "steps", "batch_size", "wall_time_s")
@@ -55,8 +56,13 @@ def describe(
     mask = config.supervision.reads_voxels and config.losses.voxel_camera_mask
     folder = config.data.labels_folder
     voxels = "3D voxel labels" if folder == "gts" else f"voxel labels of '{folder}'"
+    pixels = "pixels in moving boxes left out" if config.motion.kind == "box_flow" else "all pixels"
+    words = {"rays": _RAYS[config.data.rays], "motion": motion, "voxels": voxels, "pixels": pixels}
+    supervision = _SUPERVISION[kind].format(**words, horizon=config.data.horizon)
+    if config.photometric.is_used and kind != "photometric":
+        supervision += f", and photometric ({pixels})"
     return {
-        "supervision": _SUPERVISION[kind].format(rays=_RAYS[config.data.rays], motion=motion, voxels=voxels),
+        "supervision": supervision,
         "initial_weights": "none" if start is None else {name: start[name] for name in _OF_START if name in start},
         "trained_with_camera_mask": mask,
         "dataset": ", ".join(Path(root).name for root in roots),

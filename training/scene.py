@@ -9,7 +9,7 @@ field over scene and bays explains all keyframes at once, and every object is se
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -81,34 +81,49 @@ def load_scene(
     Raises:
         DatasetError: there is no such scene, a keyframe has no LiDAR sweep, or a file is missing or damaged.
     """
-    if name not in index.scenes:
-        raise DatasetError(f"{index.dataroot} has no scene '{name}'; it has {', '.join(list(index.scenes)[:5])}")
-    keyframes = tuple(index[i] for i in index.scenes[name])
+    keyframes, scene_from_global = scene_keyframes(index, name)
     for keyframe in keyframes:
         if keyframe.lidar is None:
             raise DatasetError(
-                f"keyframe {keyframe.token} of {name} has no LiDAR sweep, and a scene is fitted to those"
+                f"keyframe {keyframe.token} of {name} has no LiDAR sweep, and a scene is fitted to those; "
+                "fit it to its images (--from images)"
             )
-    scene_from_global = poses.inverse(keyframes[0].global_from_ego)
     static = grid_around(keyframes, scene_from_global, voxel_size_m)
-    tracks = moving_objects(keyframes, scene_from_global)
-    grid, boxes = with_bays(static, tracks)
+    grid, boxes = with_bays(static, moving_objects(keyframes, scene_from_global))
+    rays = scene_rays(keyframes, source, static, on_keyframe)
+    return Scene(keyframes, scene_from_global, grid, rays, boxes, static)
+
+
+def scene_keyframes(index: KeyframeIndex, name: str) -> tuple[tuple[Keyframe, ...], np.ndarray]:
+    """The keyframes of a scene, and ``scene_from_global`` [4, 4].
+
+    Raises:
+        DatasetError: there is no such scene.
+    """
+    if name not in index.scenes:
+        raise DatasetError(f"{index.dataroot} has no scene '{name}'; it has {', '.join(list(index.scenes)[:5])}")
+    keyframes = tuple(index[i] for i in index.scenes[name])
+    return keyframes, poses.inverse(keyframes[0].global_from_ego)
+
+
+def scene_rays(
+    keyframes: Sequence[Keyframe],
+    source: RaySource,
+    static: VoxelGrid,
+    on_keyframe: Callable[[], object] = lambda: None,
+) -> Rays:
+    """All keyframes' rays in the first one's ego frame; time index k + 1 for keyframe k.
+
+    Args:
+        keyframes, source, on_keyframe: as for ``load_scene``.
+        static: the scene proper, which rays are limited to: a return beside it may lie in somebody's bay.
+    """
     frames = {}
     for k, keyframe in enumerate(keyframes):
         frames[k] = (keyframe, source.frame_rays(keyframe))
         on_keyframe()
-    # Limited to the scene proper: a return beside it may lie in somebody's bay.
     rays = temporal_rays(frames, RayLimits(static, far_m=_FAR_M, beyond_is_free=True))
-    rays = Rays(
-        rays.origin_m,
-        rays.direction,
-        rays.range_m,
-        rays.label,
-        rays.time_index + 1,
-        rays.camera_index,
-        rays.batch_index,
-    )
-    return Scene(keyframes, scene_from_global, grid, rays, boxes, static)
+    return replace(rays, time_index=rays.time_index + 1, axis_cosine=None)
 
 
 def grid_around(keyframes: Sequence[Keyframe], scene_from_global: np.ndarray, voxel_size_m: float) -> VoxelGrid:

@@ -16,6 +16,7 @@ import yaml
 from occflownet_core.errors import ConfigError, OccflownetError
 from occflownet_core.losses import LossConfig
 from occflownet_core.model import ModelConfig
+from occflownet_core.photometric import PhotometricConfig
 from occflownet_core.renderer import RenderConfig
 from training.data.augment import Augmentation
 
@@ -101,14 +102,16 @@ class SupervisionSettings:
 
     Attributes:
         kind: ``2d`` renders rays; ``3d`` compares with ground-truth voxels; ``2d3d`` does both; ``images`` teaches the
-            image encoder alone, depth and class per pixel: a cheap start for the others (``trainer.initial_weights``).
+            image encoder alone, depth and class per pixel: a cheap start for the others (``trainer.initial_weights``);
+            ``photometric`` has no labels and no LiDAR at all, only what ``photometric`` asks of images (which the
+            first three may have beside theirs).
         rays_per_step: at most so many rays are drawn per process and batch, of all samples together.
         current_share: share of them that come from the current keyframe, as far as it has so many; null draws from all
             keyframes alike.
         render_coarsening: how many label cells make the edge of a cell that rays cross.
     """
 
-    kind: Literal["2d", "3d", "2d3d", "images"] = "2d"
+    kind: Literal["2d", "3d", "2d3d", "images", "photometric"] = "2d"
     rays_per_step: int = 32768
     current_share: float | None = None
     render_coarsening: int = 1
@@ -117,6 +120,11 @@ class SupervisionSettings:
     def renders(self) -> bool:
         """Whether rays of several keyframes are labels."""
         return self.kind in ("2d", "2d3d")
+
+    @property
+    def score(self) -> Literal["miou", "geometric_iou"]:
+        """What the best weights and threshold are chosen by: where no label says of which class things are, by shape."""
+        return "geometric_iou" if self.kind == "photometric" else "miou"
 
     @property
     def reads_voxels(self) -> bool:
@@ -205,6 +213,7 @@ class TrainingConfig:
         rendering: how rays are rendered.
         supervision: which labels, how many.
         losses: terms and weights.
+        photometric: what the field must explain of images themselves.
         optimizer: AdamW and its schedule.
         trainer: length, machine, checkpoints, seeds.
     """
@@ -216,6 +225,7 @@ class TrainingConfig:
     rendering: RenderConfig = field(default_factory=RenderConfig)
     supervision: SupervisionSettings = field(default_factory=SupervisionSettings)
     losses: LossConfig = field(default_factory=LossConfig)
+    photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
 
@@ -238,8 +248,36 @@ class TrainingConfig:
                 raise ConfigError(f"{name} is {value}; give a value from {low} to {high}")
         if self.supervision.renders:
             self.losses.check_method(self.rendering.method)
+        self._check_photometric()
         if self.learns_velocity and not self.model.field.velocity:
             raise ConfigError("learned flow needs a field that predicts it; set model.field.velocity: true")
+
+    def _check_photometric(self) -> None:
+        alone = self.supervision.kind == "photometric"
+        if alone and not self.photometric.is_used:
+            raise ConfigError(
+                "supervision.kind is 'photometric' and nothing is asked of images; set photometric.matching_weight: 1"
+            )
+        if alone and self.reads_pixel_labels:
+            raise ConfigError(
+                f"supervision.kind is 'photometric', which has no LiDAR, and losses.depth_weight is {self.losses.depth_weight:g}, "
+                f"losses.image_semantic_weight {self.losses.image_semantic_weight:g}; set both to 0"
+            )
+        if self.photometric.is_used and self.supervision.kind == "images":
+            raise ConfigError("supervision.kind is 'images', which makes no field; set photometric's weights to 0")
+        if self.photometric.is_used and not self.model.field.color:
+            raise ConfigError("photometric terms need a field that predicts colour; set model.field.color: true")
+
+    @property
+    def reads_pixel_labels(self) -> bool:
+        """Whether LiDAR returns in the images are compared with what the image encoder says."""
+        return self.losses.depth_weight > 0 or self.losses.image_semantic_weight > 0
+
+    @property
+    def needs_boxes(self) -> bool:
+        """Whether annotated boxes say what moves."""
+        moves = self.motion.kind == "box_flow" and (self.supervision.renders or self.photometric.is_used)
+        return moves or (self.supervision.renders and self.losses.box_velocity_weight > 0)
 
     @property
     def window(self) -> int:

@@ -150,11 +150,34 @@ def fit_voxels(
         on_step: called after each step with its terms.
     """
     rendering = rendering or RenderConfig()
+
+    def terms(field: VoxelField, done: float, generator: torch.Generator) -> dict[str, Tensor]:
+        drawn = draw_rays(rays, settings.rays_per_step, settings.current_share, generator)
+        return supervised_rays(field, drawn, grid, motion, losses, rendering.at(done), generator)
+
+    return fit_lattice(terms, OCCUPIED_CLASSES, grid, settings, activation, on_step)
+
+
+def fit_lattice(
+    terms: Callable[[VoxelField, float, torch.Generator], dict[str, Tensor]],
+    channels: int,
+    grid: VoxelGrid,
+    settings: FitSettings,
+    activation: FieldDecoder | None = None,
+    on_step: Callable[[dict[str, Tensor]], object] = lambda terms: None,
+) -> FittedVoxels:
+    """Fit a field to anything that can be asked of one.
+
+    Args:
+        terms: (field, share of the fit that is done, generator of random numbers) -> loss terms.
+        channels: of each voxel beside its density.
+        grid, settings, activation, on_step: as for ``fit_voxels``.
+    """
     activation = activation or voxel_activation(settings)
     generator = torch.Generator().manual_seed(settings.seed)
     start = activation.density_head[-1].bias.detach()
     evidence = [_lattice(1, level, grid) for level in settings.density_levels]  # for a cell being occupied
-    table = [_lattice(OCCUPIED_CLASSES, level, grid) for level in settings.logit_levels]
+    table = [_lattice(channels, level, grid) for level in settings.logit_levels]
     seen = torch.zeros((1, *grid.shape[::-1]), dtype=torch.bool)
     slow = {"lr": settings.density_rate, "weight_decay": settings.forgetting}
     optimizer = torch.optim.AdamW(
@@ -170,21 +193,19 @@ def fit_voxels(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     )
     for step in range(settings.steps):
-        drawn = draw_rays(rays, settings.rays_per_step, settings.current_share, generator)
         pre_density, logits = start + _summed(evidence, grid)[:, 0], _summed(table, grid)
         pre_density.retain_grad()
         field = VoxelField(activation.density(pre_density), logits, grid)
-        now = rendering.at(step / settings.steps)
-        terms = supervised_rays(field, drawn, grid, motion, losses, now, generator)
+        found = terms(field, step / settings.steps, generator)
         optimizer.zero_grad()
-        torch.stack(list(terms.values())).sum().backward()
+        torch.stack(list(found.values())).sum().backward()
         seen |= pre_density.grad != 0
         if step == 0:
             for group, part in zip(optimizer.param_groups, evidence, strict=False):
                 group["eps"] = settings.least_share * _typical(part.grad)
         optimizer.step()
         schedule.step()
-        on_step(terms)
+        on_step(found)
     with torch.no_grad():
         pre_density, logits = start + _summed(evidence, grid)[:, 0], _summed(table, grid)
     return FittedVoxels(
@@ -193,7 +214,7 @@ def fit_voxels(
         logits,
         seen,
         activation.requires_grad_(False),
-        {name: term.item() for name, term in terms.items()},
+        {name: term.item() for name, term in found.items()},
     )
 
 

@@ -17,6 +17,7 @@ from occflownet_core.errors import DatasetError
 from occflownet_core.lift_tables import LiftTables
 from occflownet_core.renderer.rays import Rays
 from occflownet_core.splat_tables import SplatTables
+from occflownet_core.views import Views
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ class OccupancySample:
         tables: how they are lifted: what every voxel reads, or where every pixel goes.
         previous_from_current: [4, 4], this ego frame in the previous keyframe's; None at a window's or scene's start.
         rays: 2D supervision, or None where it was not asked for.
+        views: images of the keyframes around this one, or None where they were not asked for.
         boxes: how annotated objects move between this keyframe and its neighbours, or None.
         depth_m: float32 [N, h, w], depth of the nearest return in each feature cell as the depth bins count it
             (``LiftSpec.network_depth_m``), 0 where there is none; or None.
@@ -60,6 +62,7 @@ class OccupancySample:
     tables: LiftTables | SplatTables
     previous_from_current: np.ndarray | None
     rays: Rays | None
+    views: Views | None
     boxes: MovingBoxes | None
     depth_m: np.ndarray | None
     depth_label: np.ndarray | None
@@ -77,7 +80,7 @@ class OccupancyBatch:
         tables: lift tables.
         previous_from_current: [B, 4, 4] float32; the identity where there is no previous frame.
         has_previous: [B] bool; where False the network's memory must be cleared.
-        rays, boxes: of all samples, told apart by their ``batch_index``; None where a sample has none.
+        rays, views, boxes: of all samples, told apart by their ``batch_index``; None where a sample has none.
         depth_m, depth_label: [B, N, h, w] float32 and uint8, or None.
         labels: uint8 [B, X, Y, Z] or None, with camera_mask and lidar_mask, bool.
         frame_time_s: [B, 2 * horizon + 1] float32.
@@ -90,6 +93,7 @@ class OccupancyBatch:
     previous_from_current: Tensor
     has_previous: Tensor
     rays: Rays | None
+    views: Views | None
     boxes: MovingBoxes | None
     depth_m: Tensor | None
     depth_label: Tensor | None
@@ -138,6 +142,7 @@ def _stack(samples: Sequence[OccupancySample]) -> OccupancyBatch:
         previous_from_current=stacked(motions).float(),
         has_previous=torch.tensor([s.previous_from_current is not None for s in samples]),
         rays=_joined([s.rays for s in samples], Rays),
+        views=_joined([s.views for s in samples], Views),
         boxes=_joined([s.boxes for s in samples], MovingBoxes),
         depth_m=stacked([s.depth_m for s in samples]),
         depth_label=stacked([s.depth_label for s in samples]),
@@ -148,7 +153,7 @@ def _stack(samples: Sequence[OccupancySample]) -> OccupancyBatch:
     )
 
 
-def _joined(parts: Sequence[Rays | MovingBoxes | None], kind: type) -> Rays | MovingBoxes | None:
+def _joined(parts: Sequence[Rays | Views | MovingBoxes | None], kind: type) -> Rays | Views | MovingBoxes | None:
     if any(part is None for part in parts):
         return None
     return kind.cat([replace(p, batch_index=torch.full_like(p.batch_index, i)) for i, p in enumerate(parts)])

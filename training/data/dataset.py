@@ -13,15 +13,17 @@ from torch.utils.data import Dataset
 from occflownet_core import poses
 from occflownet_core.boxes import MovingBoxes
 from occflownet_core.camera import CameraRig
-from occflownet_core.errors import DatasetError, ImageError
+from occflownet_core.errors import DatasetError
 from occflownet_core.grid import OCC3D_GRID, VoxelGrid
 from occflownet_core.labels import BOXED_CLASSES
 from occflownet_core.lift_tables import LiftSpec, LiftTables
 from occflownet_core.splat_tables import SplatTables
+from occflownet_core.views import Views
 from training.data.augment import Augmentation, AugmentationDraw, GridFlip, ImageWarp, warped_tables
 from training.data.batch import Occupancy, OccupancySample
-from training.data.nuscenes import Keyframe, KeyframeIndex, load_occupancy, read_bytes
+from training.data.nuscenes import Keyframe, KeyframeIndex, load_occupancy
 from training.data.rays import UNLABELLED, FrameRays, RayLimits, RaySource, temporal_rays
+from training.data.views import load_image, load_views
 
 _TABLES_KEPT = 4
 _FAR_BOX_M = 80.0
@@ -42,9 +44,10 @@ class NuScenesOccupancy(Dataset):
         lift: shapes of the network's lift (``model.lift_spec``).
         grid: where labels are given.
         rays: source of 2D supervision, or None for none.
-        horizon: keyframes before and after the current one whose rays and boxes count.
+        horizon: keyframes before and after the current one whose rays, images and boxes count.
         max_rays: rays per sample; more are thinned out at random.
         beyond_is_free: see ``RayLimits``.
+        sources: give the images of all keyframes in the horizon as views, each with so many to compare it with; 0: none.
         boxes: whether to give the motion of annotated objects.
         depth: whether to give depth images, from the current keyframe's rays.
         occupancy: whether 3D labels must be there, may be there, or are left out.
@@ -70,6 +73,7 @@ class NuScenesOccupancy(Dataset):
         horizon: int = 3,
         max_rays: int | None = None,
         beyond_is_free: bool = False,
+        sources: int = 0,
         boxes: bool = False,
         depth: bool = False,
         occupancy: Literal["required", "present", "none"] = "none",
@@ -96,7 +100,7 @@ class NuScenesOccupancy(Dataset):
             RayLimits(grid, beyond_is_free=beyond_is_free),
             max_rays,
         )
-        self.boxes, self.depth, self.occupancy = boxes, depth, occupancy
+        self.sources, self.boxes, self.depth, self.occupancy = sources, boxes, depth, occupancy
         self.window, self.supervised = window, supervised
         self.augmentation, self.at_reference, self.seed = augmentation, at_reference, seed
         self.ends = [last for scene in index.scenes.values() for last in scene[window - 1 :]]
@@ -146,6 +150,7 @@ class NuScenesOccupancy(Dataset):
             tables=self._lift_tables(rig, warps, flip),
             previous_from_current=motion,
             rays=flip.rays(temporal_rays(frames, self.limits, self.max_rays, rng), self.grid) if frames else None,
+            views=self._views(i, flip) if self.sources and supervised else None,
             boxes=flip.boxes(moving_boxes(self.index, i, self.horizon), self.grid)
             if self.boxes and supervised
             else None,
@@ -163,6 +168,15 @@ class NuScenesOccupancy(Dataset):
                 keyframe = self.index[j]
                 frames[offset] = keyframe, self._rays.get(j, lambda k=keyframe: self.source.frame_rays(k))
         return frames
+
+    def _views(self, i: int, flip: GridFlip) -> Views:
+        """The images around keyframe ``i``, as the vehicle's own pipeline makes them, seen from its (maybe flipped) frame."""
+        flipped_from_global = flip.matrix(self.grid) @ poses.inverse(self.index[i].global_from_ego)
+        frames = {
+            offset: (self.index[j], flipped_from_global @ self.index[j].global_from_ego)
+            for offset, j in _neighbours(self.index, i, self.horizon)
+        }
+        return load_views(frames, self.image_width_px, self.image_height_px, self.sources)
 
     def _lift_tables(self, rig: CameraRig, warps: list[ImageWarp], flip: GridFlip) -> LiftTables | SplatTables:
         if self.augmentation:
@@ -196,19 +210,6 @@ class _Cache:
             if len(self._values) > self._size:
                 self._values.popitem(last=False)
         return self._values[key]
-
-
-def load_image(keyframe: Keyframe, camera: int, warp: ImageWarp) -> np.ndarray:
-    """One camera's image as the network takes it, uint8 RGB [H, W, 3].
-
-    Raises:
-        DatasetError: the file is missing, cut short, or of another size than the tables say.
-    """
-    path = keyframe.cameras[camera].path
-    try:
-        return warp.jpeg(read_bytes(path, "image", keyframe))
-    except ImageError as error:
-        raise DatasetError(f"image {path} (split '{keyframe.split}'): {error}") from None
 
 
 def moving_boxes(index: KeyframeIndex, i: int, horizon: int, classes: tuple[int, ...] = BOXED_CLASSES) -> MovingBoxes:

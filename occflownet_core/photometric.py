@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photometric supervision: what a field says must look alike in every image that sees it. No LiDAR, no labels.
+
+Two terms, for volumes and surfaces alike. *Matching*: the patch around a pixel, moved to where its ray ends, must be
+found in the images of other moments and cameras (Monodepth2, arXiv 1806.01260, eq. 1 to 4). A volume pays for every
+place where a ray may end, by its weight (SelfOcc, arXiv 2311.12754, section 3.3): a cost at many distances has no local
+minimum to be caught in, as a gradient through one distance has. *Colour*: the field has one at every point, and what
+is rendered of it must be the pixel's (NeRF, arXiv 2003.08934, eq. 6; DVR, arXiv 1912.07372, eq. 1).
+
+Both hold for what stands still. Pixels whose rays cross a box that moves are left out (``still_rays``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from occflownet_core.boxes import MovingBoxes
+from occflownet_core.errors import ConfigError
+from occflownet_core.grid import VoxelGrid
+from occflownet_core.motion import StaticWorld
+from occflownet_core.renderer import RenderConfig, RenderedRays, render
+from occflownet_core.views import PixelRays, Views, still_rays
+from occflownet_core.voxel_field import Field
+
+PATCH_STEP_PX = 2
+_PATCH = torch.tensor([[u, v] for v in (-1, 0, 1) for u in (-1, 0, 1)])
+_INFINITY_M = 1e5
+_NEAREST_DEPTH_M = 0.2
+_LEAST_WEIGHT = 1e-4
+_POINTS_AT_A_TIME = 32_768
+_STRUCTURE_SHARE = 0.85  # of the dissimilarity; the rest is the difference of brightness (Monodepth2)
+_SSIM_MEAN, _SSIM_VARIANCE = 0.01**2, 0.03**2  # of brightness from 0 to 1 (Wang et al. 2004)
+
+
+@dataclass(frozen=True)
+class PhotometricConfig:
+    """How images supervise; weights of 0 leave a term out.
+
+    Attributes:
+        matching_weight: of the dissimilarity between a pixel's patch and the views that see where its ray ends.
+        color_weight: of the difference between rendered and seen colour; the field needs a colour head.
+        pixels_per_step: rays that are drawn per batch.
+        sources: other views that a pixel is looked for in, those that see the most of what its view sees.
+        box_scale: moving boxes are this much larger than annotated, when what is in them is left out.
+    """
+
+    matching_weight: float = 0.0
+    color_weight: float = 0.0
+    pixels_per_step: int = 2048
+    sources: int = 4
+    box_scale: float = 1.3
+
+    def __post_init__(self) -> None:
+        for name in ("matching_weight", "color_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(
+                    f"photometric.{name} is {getattr(self, name)}; give a finite weight, 0 leaves the term out"
+                )
+        for name in ("pixels_per_step", "sources"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"photometric.{name} is {getattr(self, name)}; give at least 1")
+        if not self.box_scale > 0:
+            raise ConfigError(f"photometric.box_scale is {self.box_scale}; give a positive factor")
+
+    @property
+    def is_used(self) -> bool:
+        """Whether images supervise at all."""
+        return max(self.matching_weight, self.color_weight) > 0
+
+
+class PatchMatcher:
+    """How alike the patches around pixels are to other views, were their rays to end at some distance.
+
+    A patch of 3 x 3 pixels, two pixels apart, is taken to face its own camera.
+
+    Args:
+        views: images.
+        pixels: [R].
+    """
+
+    def __init__(self, views: Views, pixels: PixelRays) -> None:
+        self._views = views
+        sources = views.sources[pixels.view]  # [R, S]
+        self._exists, self._source = sources >= 0, sources.clamp(min=0)
+        offset_px = PATCH_STEP_PX * _PATCH.to(pixels.pixel)  # [P, 2]
+        spread = offset_px @ views.ego_from_pixel[pixels.view][:, :, :2].mT  # [R, P, 3], at a depth of 1 m
+        along = pixels.rays.direction.double()[:, None] + pixels.rays.axis_cosine.double()[:, None, None] * spread
+        projection = views.image_from_ego[self._source]  # [R, S, 3, 4]
+        centre_m = views.centre_m[pixels.view][:, None, :, None]
+        # A patch's pixel at range t is at base + t * slope in a source, (u, v, 1) times depth: linear in t.
+        self._base = (projection[..., :3] @ centre_m + projection[..., 3:])[..., 0].float()  # [R, S, 3]
+        self._slope = torch.einsum("rsij,rpj->rspi", projection[..., :3], along).float()  # [R, S, P, 3]
+        at = (pixels.pixel[:, None] + offset_px).long()
+        self._patch = views.brightness[pixels.view[:, None], at[..., 1], at[..., 0]]  # [R, P]
+
+    def cost(self, ray: Tensor, range_m: Tensor) -> tuple[Tensor, Tensor]:
+        """Dissimilarity [n], 0 alike to 1, at ranges [n] of rays [n], differentiable in them; and whether any source
+        sees the place [n] bool (0 where not).
+
+        The mean over the better half of the sources that see it: in the others it may be hidden.
+        """
+        parts = [
+            self._cost(ray[i : i + _POINTS_AT_A_TIME], range_m[i : i + _POINTS_AT_A_TIME])
+            for i in range(0, len(ray), _POINTS_AT_A_TIME)
+        ] or [self._cost(ray, range_m)]
+        cost, known = (torch.cat(column) for column in zip(*parts, strict=True))
+        return cost, known
+
+    def _cost(self, ray: Tensor, range_m: Tensor) -> tuple[Tensor, Tensor]:
+        at = self._base[ray][:, :, None] + range_m[:, None, None, None] * self._slope[ray]  # [n, S, P, 3]
+        depth_m = at[..., 2]
+        pixel = at[..., :2] / depth_m.clamp(min=_NEAREST_DEPTH_M)[..., None]
+        found, inside = bilinear(self._views.brightness, self._source[ray][..., None].expand(depth_m.shape), pixel)
+        seen = (inside & (depth_m > _NEAREST_DEPTH_M)).all(dim=-1) & self._exists[ray]  # [n, S]
+        each = dissimilarity(self._patch[ray][:, None].expand_as(found), found)
+        best = torch.where(seen, each, torch.inf).sort(dim=1).values
+        half = (seen.sum(dim=1) + 1) // 2  # [n]
+        kept = torch.arange(best.shape[1], device=best.device) < half[:, None]
+        return torch.where(kept, best, 0.0).sum(dim=1) / half.clamp(min=1), half > 0
+
+
+def bilinear(images: Tensor, view: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor]:
+    """Images [V, H, W] between the centres of their pixels, differentiable in where.
+
+    Args:
+        view: [...] int64.
+        pixel: [..., 2] continuous.
+
+    Returns:
+        values [...], 0 outside; whether all four neighbours are in the image [...].
+    """
+    height, width = images.shape[1:]
+    at = pixel - 0.5
+    corner = at.detach().floor()
+    inside = ((corner >= 0) & (corner < corner.new_tensor([width - 1, height - 1]))).all(dim=-1)
+    corner = torch.where(inside[..., None], corner, 0.0)
+    u, v = torch.where(inside[..., None], at - corner, 0.0).unbind(dim=-1)
+    first = (view * height + corner[..., 1].long()) * width + corner[..., 0].long()
+    flat = images.reshape(-1)
+    upper = flat[first] * (1 - u) + flat[first + 1] * u
+    lower = flat[first + width] * (1 - u) + flat[first + width + 1] * u
+    return torch.where(inside, upper * (1 - v) + lower * v, 0.0), inside
+
+
+def dissimilarity(a: Tensor, b: Tensor) -> Tensor:
+    """0 (alike) to 1 [...] of patches [..., P]: structure (SSIM, Wang et al. 2004) and brightness (Monodepth2, eq. 3)."""
+    mean_a, mean_b = a.mean(dim=-1), b.mean(dim=-1)
+    deviation_a, deviation_b = a - mean_a[..., None], b - mean_b[..., None]
+    variance_a, variance_b = deviation_a.square().mean(dim=-1), deviation_b.square().mean(dim=-1)
+    covariance = (deviation_a * deviation_b).mean(dim=-1)
+    similarity = (2 * mean_a * mean_b + _SSIM_MEAN) * (2 * covariance + _SSIM_VARIANCE)
+    similarity = similarity / (
+        (mean_a.square() + mean_b.square() + _SSIM_MEAN) * (variance_a + variance_b + _SSIM_VARIANCE)
+    )
+    structure = (1 - similarity).clamp(0, 2) / 2
+    return _STRUCTURE_SHARE * structure + (1 - _STRUCTURE_SHARE) * (a - b).abs().mean(dim=-1)
+
+
+def draw_still_pixels(
+    views: Views, boxes: MovingBoxes | None, config: PhotometricConfig, generator: torch.Generator | None = None
+) -> PixelRays:
+    """At most ``config.pixels_per_step`` random pixels, those left out that see into a box that moves."""
+    pixels = PixelRays.draw(views, config.pixels_per_step, PATCH_STEP_PX, generator)
+    return pixels if boxes is None else pixels[still_rays(pixels.rays, boxes, config.box_scale)]
+
+
+def photometric_losses(
+    field: Field,
+    views: Views,
+    pixels: PixelRays,
+    grid: VoxelGrid,
+    config: PhotometricConfig,
+    rendering: RenderConfig | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Weighted terms by name.
+
+    Args:
+        field: density, and colour in the place of class logits: [N, 3] at points, [B, 3, Z, Y, X] on a lattice
+            (``OccupancyField.colored``).
+        views: images.
+        pixels: of them that are to be explained, none of what moves.
+        grid: as for ``renderer.render``.
+        config: terms and weights.
+        rendering: how rays are rendered.
+        generator: of samples (on the CPU).
+    """
+    rendering = rendering or RenderConfig()
+    rendered = render(field, pixels.rays, grid, StaticWorld(), rendering, generator)
+    terms: dict[str, Tensor] = {}
+    if config.matching_weight:
+        matcher = PatchMatcher(views, pixels)
+        matching = surface_matching_loss if rendering.method == "surface" else volume_matching_loss
+        terms["matching"] = config.matching_weight * matching(rendered, matcher)
+    if config.color_weight:
+        terms["color"] = config.color_weight * color_loss(rendered, pixels.color(views))
+    return terms
+
+
+def volume_matching_loss(rendered: RenderedRays, matcher: PatchMatcher) -> Tensor:
+    """Mean dissimilarity over where rays may end, by the chance that they do; leaving the grid is ending far away.
+
+    Places that no other view sees say nothing: the chances of the others are scaled up to one.
+    """
+    samples = rendered.samples
+    kept = (samples.weight.detach() > _LEAST_WEIGHT).nonzero()[:, 0]
+    rays = torch.arange(len(rendered.opacity), device=kept.device)
+    ray = torch.cat([samples.ray[kept], rays])
+    middle_m = samples.start_m[kept] + 0.5 * samples.length_m[kept]
+    with torch.no_grad():
+        cost, known = matcher.cost(ray, torch.cat([middle_m.float(), torch.full_like(rendered.range_m, _INFINITY_M)]))
+    chance = torch.cat([samples.weight[kept], (1 - rendered.opacity).clamp(min=0).to(samples.weight)]) * known
+    total = torch.zeros_like(rendered.opacity, dtype=chance.dtype).index_add(0, ray, chance)
+    paid = torch.zeros_like(total).index_add(0, ray, chance * cost)
+    return (paid / total.clamp(min=_LEAST_WEIGHT)).sum() / max(len(rays), 1)
+
+
+def surface_matching_loss(rendered: RenderedRays, matcher: PatchMatcher) -> Tensor:
+    """Mean dissimilarity where rays end, of those that meet a surface; its gradient moves the surface."""
+    hit = rendered.samples.ray
+    cost, known = matcher.cost(hit, rendered.range_m[hit].float())
+    return (cost * known).sum() / known.sum().clamp(min=1)
+
+
+def color_loss(rendered: RenderedRays, color: Tensor) -> Tensor:
+    """Mean absolute difference between the colour of what rays end at and their pixels' [R, 3], by opacity.
+
+    The opacity that weighs has no gradient: being transparent must not pay.
+    """
+    opacity = rendered.opacity
+    seen = rendered.logits / opacity.clamp(min=_LEAST_WEIGHT)[:, None]
+    return ((seen - color).abs().mean(dim=1) * opacity.detach()).sum() / max(len(color), 1)
