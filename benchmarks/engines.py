@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -55,7 +56,7 @@ class Row:
         weights: ``demo`` or ``random``.
         median_ms: of an inference.
         ratio: to ONNX Runtime in fp32 on the same weights, median of the frames' ratios.
-        of_roofline: the least time that single precision allows here, over ``median_ms``; None on a GPU's engines.
+        of_roofline: the least time that single precision allows here over the fastest frame's; None for a GPU's engines.
         labels_alike, occupied_alike: mean share over frames, against that same engine; None for itself.
         miou_17: against ground truth; None with random weights.
     """
@@ -143,7 +144,7 @@ def rows_of(weights: str, records: list[EngineRecord], least_ms: float) -> list[
                 weights,
                 record.median_ms,
                 float(np.median(np.divide(record.engine_ms, reference.engine_ms))),
-                least_ms / record.median_ms if on_cpu else None,
+                least_ms / min(record.engine_ms) if on_cpu else None,
                 _mean([frame.label_agreement for frame in record.frames]),
                 _mean([frame.occupied_agreement for frame in record.frames]),
                 scores.get("miou_17"),
@@ -170,14 +171,14 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _table(rows: list[Row], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in ("engine", "weights", "median ms", "of fp32", "of roofline", "labels alike", "occupied", "mIoU %"):
-        table.add_column(heading, justify="left" if heading in ("engine", "weights") else "right")
+    table = Table(title=title, title_justify="left", box=SIMPLE, caption="* random weights", caption_justify="left")
+    table.add_column("engine", no_wrap=True)
+    for heading in ("ms", "of fp32", "of roof", "labels", "occupied", "mIoU %"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         shares = [row.labels_alike, row.occupied_alike]
         table.add_row(
-            row.engine,
-            row.weights,
+            row.engine + ("" if row.weights == "demo" else " *"),
             f"{row.median_ms:.0f}",
             f"{row.ratio:.2f}",
             "-" if row.of_roofline is None else f"{row.of_roofline:.0%}",
@@ -238,9 +239,12 @@ def run(options: argparse.Namespace, console: Console) -> None:
     packages = versions()
     named = ", ".join(f"{package} {number}" for package, number in packages.items())
     console.print(
-        _table(rows, f"{bundle.name}, {len(frames)} frames: {here['cpu']}, {options.threads} threads, {here['date']}"),
+        _table(
+            rows,
+            f"{bundle.name}, {len(frames)} frames: {here['cpu']}, {options.threads} of {here['cores']} cores, {here['date']}",
+        ),
         f"{named}\nroofline: {work.gflop:.1f} GFLOP and {work.least_mb:.0f} MB at least, of a matrix product's "
-        f"{peak.gflop_per_s:.0f} GFLOP/s and a copy's {peak.gb_per_s:.1f} GB/s: {least_ms:.0f} ms in single precision",
+        f"{peak.gflop_per_s:.0f} GFLOP/s and a copy's {peak.gb_per_s:.1f} GB/s: {least_ms:.0f} ms in single precision (eight bits may need less)",
         sep="\n",
     )
     if reason := no_gpu():

@@ -7,6 +7,7 @@ Minutes and gigabytes, so it is no part of ``make bench``: `python -m benchmarks
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import sys
@@ -21,24 +22,39 @@ from rich.console import Console
 from benchmarks.encoder import model_config
 from benchmarks.report import machine
 from occflownet_core.errors import OccflownetError
+from occflownet_core.model import ModelConfig
+from occflownet_core.runtime.comparison import EngineOutput, difference, worst
+from occflownet_core.runtime.engine import Engine
+from occflownet_core.runtime.onnx_engine import OnnxEngine
+from occflownet_core.runtime.torch_engine import TorchEngine
 from training.export import export, load_model
+from training.parity import drive, ring_rig
 
 
-def measure(name: str, frames: int) -> dict:
-    """Export a configuration and compare.
+def measure(name: str, frames: int, threads: int) -> dict:
+    """Export a configuration, run one engine after the other (together they would take twice the memory), and compare.
+
+    The threshold is PyTorch's mean probability of the first frame, so that occupied and free voxels are both put to the test.
 
     Args:
         name: of the configuration.
         frames: of the made-up drive.
+        threads: CPU threads.
 
     Raises:
-        ConfigError, ExportError: there is no such configuration, or graph and network disagree.
+        ConfigError, ExportError: there is no such configuration, or it cannot be exported.
+        EngineError: an engine fails.
     """
     started_s = time.monotonic()
-    model = load_model(model_config(name), None)
+    config = model_config(name)
     with tempfile.TemporaryDirectory() as folder:
-        bundle, parity = export(model, Path(folder) / "bundle", {"training": "none"}, parity_frames=frames)
+        bundle, _ = export(load_model(config, None), Path(folder), {"training": "none"}, None, True, parity_frames=0)
+        gc.collect()
+        first = run(TorchEngine(bundle, threads), config, 1, None)[0]
+        threshold = float(first.prediction.probability.mean())
+        outputs = [run(engine(bundle, threads), config, frames, threshold) for engine in (TorchEngine, OnnxEngine)]
         graph_mb = bundle.graph_path.stat().st_size / 1e6
+    parity = worst([difference("", *pair).parity for pair in zip(*outputs, strict=True)])
     return {
         "network": name,
         "frames": frames,
@@ -48,6 +64,17 @@ def measure(name: str, frames: int) -> dict:
         "seconds": time.monotonic() - started_s,
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,  # kilobytes on Linux
     }
+
+
+def run(engine: Engine, config: ModelConfig, frames: int, threshold: float | None) -> list[EngineOutput]:
+    """What an engine makes of the drive, its memory carried along and not kept."""
+    engine.calibrate(ring_rig(config))
+    if threshold is not None:
+        engine.occupancy_threshold = threshold
+    return [
+        EngineOutput(engine.infer(images, motion if frame else None))
+        for frame, (images, motion) in enumerate(drive(config, frames))
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--frames is {options.frames} and --threads {options.threads}; give 1 or more")
     torch.set_num_threads(options.threads)
     try:
-        result = measure(options.config, options.frames)
+        result = measure(options.config, options.frames, options.threads)
     except OccflownetError as error:
         print(f"benchmarks.full_size_parity: {error}", file=sys.stderr)
         return 2

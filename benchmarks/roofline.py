@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.encoder import forward, lift_bytes
 from occflownet_core.model import DeployedModel, ModelConfig, OccFlowNet
 
-_TRIES = 5
+_TRIES = 20
 
 
 @dataclass(frozen=True)

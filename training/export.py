@@ -33,7 +33,7 @@ from occflownet_core.runtime.bundle import (
     load_bundle,
     write_bundle,
 )
-from occflownet_core.runtime.comparison import HALF_PRECISION, SINGLE_PRECISION, Parity
+from occflownet_core.runtime.comparison import HALF_PRECISION, SINGLE_PRECISION, Parity, worst
 from training.checkpoint import load_checkpoint
 from training.graph import export_field_graph, export_graph, store_half
 from training.parity import PARITY_FRAMES, check_parity, drive, ring_rig
@@ -87,7 +87,7 @@ def export(
         provenance, metrics: plain values for ``bundle.yaml``.
         with_weights: add the weights, for the torch engine.
         half_size: store the graph's weights in half precision; it still computes in single precision.
-        parity_frames: of the made-up drive on which graph and network are compared.
+        parity_frames: of the made-up drive on which graph and network are compared; 0 leaves that to the caller.
 
     Raises:
         ExportError: the graph uses foreign operators or fails the parity check.
@@ -124,7 +124,7 @@ def export(
         trial = dataclasses.replace(bundle, directory=Path(folder))
         write_bundle(trial, files)
         required = HALF_PRECISION if half_size else SINGLE_PRECISION
-        parity = check_parity(model, load_bundle(folder), required, parity_frames)
+        parity = check_parity(model, load_bundle(folder), required, parity_frames) if parity_frames else worst([])
     write_bundle(bundle, files)
     return load_bundle(out), parity
 

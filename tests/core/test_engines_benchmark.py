@@ -38,7 +38,7 @@ def test_a_peak_is_measured():
     peak = Peak.measured(CPU, torch.float32, side=128)
     assert 0.1 < peak.gflop_per_s < 1e5 and 0.1 < peak.gb_per_s < 1e4
     calls = []
-    assert best_s(lambda: calls.append(0), CPU) >= 0 and len(calls) == 6
+    assert best_s(lambda: calls.append(0), CPU) >= 0 and len(calls) == 21
 
 
 def record(name: str, engine_ms: list[float], alike: list[float]) -> EngineRecord:
@@ -50,8 +50,8 @@ def test_ratios_are_taken_within_frames():
     """The machine was ten times slower during one frame: the ratio of medians would be 3, frame by frame it is 2."""
     records = [record("ONNX Runtime fp32", [10, 10, 100, 100, 20], []), record("b", [20, 20, 200, 50, 60], [1, 0.5, 0])]
     fp32, other = rows_of("demo", records, least_ms=5)
-    assert (fp32.ratio, fp32.median_ms, fp32.of_roofline, fp32.labels_alike) == (1, 20, 0.25, None)
-    assert other.ratio == 2 and other.median_ms == 50 and other.of_roofline == 0.1
+    assert (fp32.ratio, fp32.median_ms, fp32.of_roofline, fp32.labels_alike) == (1, 20, 0.5, None)
+    assert other.ratio == 2 and other.median_ms == 50 and other.of_roofline == 0.25
     assert (other.labels_alike, other.occupied_alike, other.miou_17) == (0.5, 0.25, None)
     assert rows_of("demo", [record("TensorRT fp16", [1], [])], 5)[0].of_roofline is None
 
