@@ -49,7 +49,7 @@ def to_half(graph: ModelProto, keep_single: Collection[str] = ()) -> ModelProto:
     """
     model = with_single_weights(graph)
     floats = _float_tensors(model)
-    scales = {node.input[1] for node in model.graph.node if node.op_type in _QUANTISING}
+    positive = _kept_positive(model)
     single = _single_nodes(model, keep_single)
     result = ModelProto()
     result.CopyFrom(model)
@@ -61,7 +61,7 @@ def to_half(graph: ModelProto, keep_single: Collection[str] = ()) -> ModelProto:
     for constant in model.graph.initializer:
         result.graph.initializer.append(constant)
         if wanted_half[constant.name]:
-            result.graph.initializer.append(_half_constant(constant, constant.name in scales))
+            result.graph.initializer.append(_half_constant(constant, constant.name in positive))
     for value in model.graph.input:
         if wanted_half[value.name]:
             result.graph.node.append(_cast(value.name, value.name + _HALF_SUFFIX, TensorProto.FLOAT16))
@@ -187,7 +187,15 @@ def _is_single_input(node: NodeProto, index: int) -> bool:
     return index in _SINGLE_INPUTS.get(node.op_type, ())
 
 
-def _half_constant(constant: TensorProto, is_scale: bool) -> TensorProto:
+def _kept_positive(model: ModelProto) -> set[str]:
+    """Names of tensors whose small positive numbers must not become 0: scales, and lower bounds of what is divided by."""
+    nodes = model.graph.node
+    scales = {node.input[1] for node in nodes if node.op_type in _QUANTISING}
+    lower_bounds = {name for node in nodes if node.op_type == "Clip" for name in node.input[1:2]}
+    return scales | lower_bounds | {name for node in nodes if node.op_type == "Max" for name in node.input}
+
+
+def _half_constant(constant: TensorProto, stays_positive: bool) -> TensorProto:
     array = numpy_helper.to_array(constant)
     largest = float(np.abs(array).max(initial=0.0))
     if largest > _LARGEST_HALF:
@@ -195,8 +203,8 @@ def _half_constant(constant: TensorProto, is_scale: bool) -> TensorProto:
             f"weight {constant.name} holds {largest:g}, more than half precision's {_LARGEST_HALF:g}; use fp32"
         )
     half = array.astype(np.float16)
-    if is_scale:
-        half = np.maximum(half, _SMALLEST_HALF)  # a scale of 0 is none, and belongs to a channel of next to nothing
+    if stays_positive:
+        half = np.where(array > 0, np.maximum(half, _SMALLEST_HALF), half)
     return numpy_helper.from_array(half, constant.name + _HALF_SUFFIX)
 
 

@@ -172,6 +172,19 @@ def test_an_input_may_be_an_output_and_constants_may_be_nodes():
     assert y == 6 and same == 1.5
 
 
+@pytest.mark.parametrize("bounded", ["Clip", "Max"])
+def test_nothing_is_divided_by_a_lower_bound_that_became_zero(bounded):
+    """x / max(|x|, 1e-12), as a vector is normalised: half precision has no 1e-12, and 0 / 0 is not a number."""
+    nodes = [
+        helper.make_node("Abs", ["x"], ["size"]),
+        helper.make_node(bounded, ["size", "least"], ["bound"]),
+        helper.make_node("Div", ["x", "bound"], ["y"]),
+    ]
+    graph = model(nodes, {"x": [3]}, {"y": [3]}, {"least": np.float32(1e-12)})
+    (y,) = ReferenceEvaluator(to_half(graph)).run(None, {"x": np.array([0, 2, -3], np.float32)})
+    np.testing.assert_array_equal(y, [0, 1, -1])
+
+
 def test_a_weight_that_half_precision_does_not_hold():
     nodes = [helper.make_node("Mul", ["x", "w"], ["y"])]
     graph = model(nodes, {"x": [1]}, {"y": [1]}, {"w": np.array([7e4], np.float32)})
