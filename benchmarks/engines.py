@@ -171,7 +171,14 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _table(rows: list[Row], title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0), caption="* random weights", caption_justify="left")
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        caption="* random weights",
+        caption_justify="left",
+    )
     table.add_column("engine", no_wrap=True)
     for heading in ("ms", "of fp32", "of roof", "labels", "occupied", "mIoU %"):
         table.add_column(heading, justify="right", no_wrap=True)
