@@ -21,13 +21,14 @@ from occflownet_core.boxes import MovingBoxes
 from occflownet_core.errors import ConfigError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.motion import StaticWorld
-from occflownet_core.renderer import RenderConfig, RenderedRays, render
+from occflownet_core.renderer import Rays, RenderConfig, RenderedRays, render
 from occflownet_core.views import PixelRays, Views, still_rays
 from occflownet_core.voxel_field import Field
 
 PATCH_STEP_PX = 2
 _PATCH = torch.tensor([[u, v] for v in (-1, 0, 1) for u in (-1, 0, 1)])
 _INFINITY_M = 1e5
+_STEPS_BEYOND = 8
 _NEAREST_DEPTH_M = 0.2
 _LEAST_WEIGHT = 1e-4
 _POINTS_AT_A_TIME = 32_768
@@ -193,29 +194,60 @@ def photometric_losses(
     terms: dict[str, Tensor] = {}
     if config.matching_weight:
         matcher = PatchMatcher(views, pixels)
-        matching = surface_matching_loss if rendering.method == "surface" else volume_matching_loss
-        terms["matching"] = config.matching_weight * matching(rendered, matcher)
+        if rendering.method == "surface":
+            error = surface_matching_loss(rendered, matcher)
+        else:
+            error = volume_matching_loss(rendered, matcher, ~leaving_below(pixels.rays, rendered.far_m, grid))
+        terms["matching"] = config.matching_weight * error
     if config.color_weight:
         terms["color"] = config.color_weight * color_loss(rendered, pixels.color(views))
     return terms
 
 
-def volume_matching_loss(rendered: RenderedRays, matcher: PatchMatcher) -> Tensor:
-    """Mean dissimilarity over where rays may end, by the chance that they do; leaving the grid is ending far away.
+def volume_matching_loss(rendered: RenderedRays, matcher: PatchMatcher, open_end: Tensor) -> Tensor:
+    """Mean dissimilarity over where rays may end, by the chance that they do.
 
-    Places that no other view sees say nothing: the chances of the others are scaled up to one.
+    What leaves the grid ends infinitely far away; or, where the end is open, behind the grid, wherever that fits best.
+    A place that no other view sees costs what places on its ray cost on average: ending there is no better than a guess.
+
+    Args:
+        rendered: [R].
+        matcher: of the same rays.
+        open_end: [R] bool.
     """
     samples = rendered.samples
     kept = (samples.weight.detach() > _LEAST_WEIGHT).nonzero()[:, 0]
-    rays = torch.arange(len(rendered.opacity), device=kept.device)
-    ray = torch.cat([samples.ray[kept], rays])
     middle_m = samples.start_m[kept] + 0.5 * samples.length_m[kept]
     with torch.no_grad():
-        cost, known = matcher.cost(ray, torch.cat([middle_m.float(), torch.full_like(rendered.range_m, _INFINITY_M)]))
-    chance = torch.cat([samples.weight[kept], (1 - rendered.opacity).clamp(min=0).to(samples.weight)]) * known
-    total = torch.zeros_like(rendered.opacity, dtype=chance.dtype).index_add(0, ray, chance)
-    paid = torch.zeros_like(total).index_add(0, ray, chance * cost)
-    return (paid / total.clamp(min=_LEAST_WEIGHT)).sum() / max(len(rays), 1)
+        within, within_known = matcher.cost(samples.ray[kept], middle_m.float())
+        beyond, beyond_known = cost_beyond(matcher, torch.where(open_end, rendered.far_m, _INFINITY_M))
+        rays = torch.arange(len(rendered.opacity), device=kept.device)
+        ray, cost, known = (
+            torch.cat(pair) for pair in ((samples.ray[kept], rays), (within, beyond), (within_known, beyond_known))
+        )
+        number = torch.zeros_like(rendered.opacity).index_add(0, ray, known.to(rendered.opacity))
+        guess = torch.zeros_like(rendered.opacity).index_add(0, ray, cost) / number.clamp(min=1)
+        cost = torch.where(known, cost, guess[ray])
+    chance = torch.cat([samples.weight[kept], 1 - rendered.opacity.to(samples.weight)])
+    return (chance * cost).sum() / max(len(rays), 1)
+
+
+def leaving_below(rays: Rays, far_m: Tensor, grid: VoxelGrid) -> Tensor:
+    """True [R] for rays that leave the grid, at ``far_m`` [R], through its bottom: the ground is in the grid, and nothing
+    is to be seen behind it."""
+    end_z_m = rays.origin_m[:, 2] + far_m * rays.direction[:, 2]
+    return (rays.direction[:, 2] < 0) & (end_z_m < grid.lower_m[2] + 0.5 * grid.voxel_size_m)
+
+
+def cost_beyond(matcher: PatchMatcher, far_m: Tensor) -> tuple[Tensor, Tensor]:
+    """The least dissimilarity [R] at distances from ``far_m`` [R] to infinity, equal steps of their inverse; and whether
+    any of them is seen [R]. A ceiling of the grid would grow where houses end that stand out of it, were they to be looked
+    for at infinity alone."""
+    share = torch.arange(_STEPS_BEYOND, device=far_m.device) / _STEPS_BEYOND
+    range_m = torch.cat([far_m[:, None] / (1 - share), torch.full_like(far_m[:, None], _INFINITY_M)], dim=1)
+    ray = torch.arange(len(far_m), device=far_m.device).repeat_interleave(range_m.shape[1])
+    cost, known = (column.view_as(range_m) for column in matcher.cost(ray, range_m.reshape(-1).float()))
+    return torch.where(known, cost, torch.inf).amin(dim=1).nan_to_num(posinf=0.0), known.any(dim=1)
 
 
 def surface_matching_loss(rendered: RenderedRays, matcher: PatchMatcher) -> Tensor:

@@ -37,7 +37,7 @@ from training.image_scene import IMAGE_RECIPE, fit_to_images, load_image_scene, 
 from training.scene import Scene, keyframe_labels, load_scene, predicted_range_m
 from training.scene_mesh import add_mesh_options, check_mesh_options, write_drive
 from training.scene_picture import scene_picture
-from training.voxel_fitting import FINEST, RECIPE, FitSettings, FittedVoxels, fit_voxels
+from training.voxel_fitting import LOG_LEVELS, RECIPE, FitSettings, FittedVoxels, fit_voxels
 
 WITHIN_M = (0.2, 0.4, 1.0)
 _USUAL_STEPS, _USUAL_RAYS = {"lidar": 60, "images": 150}, {"lidar": 16384, "images": 4096}
@@ -164,7 +164,7 @@ def _from_images(index: KeyframeIndex, name: str, options: argparse.Namespace, p
         index, name, options.image_width, options.voxel_size, on_keyframe=lambda: progress.advance(reading)
     )
     recipe = replace(IMAGE_RECIPE, pixels_per_step=_rays_per_step(options))
-    fitted = fit_to_images(images, _settings(options), recipe, _step_reporter(progress, options))
+    fitted = fit_to_images(images, _settings(options), recipe, on_step=_step_reporter(progress, options))
     generator = torch.Generator().manual_seed(options.seed)
     unseen = still_lidar_rays(images).sample(_TEST_RAYS, generator)
     return _Fit(images.scene, fitted, images.moving, "none", unseen)
@@ -177,8 +177,7 @@ def _settings(options: argparse.Namespace) -> FitSettings:
         current_share=None,
         forgetting=options.forgetting,
         seed=options.seed,
-        density_levels=(FINEST, (4, 4, 1), (8, 8, 1), (1, 1, 4)),
-        logit_levels=(FINEST, (4, 4, 1)),
+        **LOG_LEVELS,
     )
 
 

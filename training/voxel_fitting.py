@@ -48,6 +48,14 @@ Level = tuple[int, int, int]
 FINEST: Level = (1, 1, 1)
 
 
+LOG_LEVELS: dict[str, tuple[Level, ...]] = {
+    "density_levels": (FINEST, (4, 4, 1), (8, 8, 1), (1, 1, 4)),
+    "logit_levels": (FINEST, (4, 4, 1)),
+}
+"""Those of fields of whole logs (``FitSettings``): between two lines of a LiDAR, and on ground without texture, nothing is
+known of single voxels."""
+
+
 @dataclass(frozen=True)
 class FitSettings:
     """How fields are fitted.

@@ -21,6 +21,7 @@ from occflownet_core.photometric import (
     bilinear,
     color_loss,
     dissimilarity,
+    leaving_below,
     photometric_losses,
     surface_matching_loss,
     volume_matching_loss,
@@ -174,11 +175,13 @@ def test_of_four_views_the_better_half_counts():
 
 
 class FixedCosts:
-    """Costs by distance, for sums worked out by hand: 0.1 within 6 m, unknown to 10 m, 0.4 beyond."""
+    """Costs by distance, for sums worked out by hand: 0.1 within 6 m, unknown to 10 m, 0.4 to 15 m,
+    0.3 to 50 m, 0.6 beyond."""
 
     def cost(self, ray, range_m):
         known = (range_m < 6) | (range_m > 10)
-        return torch.where(range_m < 6, 0.1, 0.4) * known, known
+        cost = torch.where(range_m < 6, 0.1, torch.where(range_m < 15, 0.4, torch.where(range_m < 50, 0.3, 0.6)))
+        return cost * known, known
 
 
 def rendered_by_hand(weight: torch.Tensor) -> RenderedRays:
@@ -190,12 +193,21 @@ def rendered_by_hand(weight: torch.Tensor) -> RenderedRays:
 
 def test_a_volume_pays_for_every_place_by_its_weight():
     weight = torch.tensor([0.2, 0.4, 0.1], requires_grad=True)
-    loss = volume_matching_loss(rendered_by_hand(weight), FixedCosts())
-    # Known: 0.2 at a cost of 0.1, 0.1 at 0.4, and the remaining 0.3 far away at 0.4.
-    assert loss.item() == pytest.approx((0.2 * 0.1 + 0.1 * 0.4 + 0.3 * 0.4) / 0.6)
+    loss = volume_matching_loss(rendered_by_hand(weight), FixedCosts(), torch.tensor([True]))
+    # 0.2 at a cost of 0.1, 0.1 at 0.4, the remaining 0.3 somewhere behind 20 m, best at 0.3; and 0.4 where nobody looks, at
+    # the mean of these three costs.
+    guess = (0.1 + 0.4 + 0.3) / 3
+    assert loss.item() == pytest.approx(0.2 * 0.1 + 0.1 * 0.4 + 0.3 * 0.3 + 0.4 * guess)
     loss.backward()
-    # More weight within 6 m is good, taken from what passes; more that nobody sees also takes from what passes.
-    assert weight.grad[0] < 0 and weight.grad[1] < 0 and weight.grad[2].abs() < 1e-6
+    # What ends somewhere no longer passes at 0.3.
+    torch.testing.assert_close(weight.grad, torch.tensor([0.1 - 0.3, guess - 0.3, 0.4 - 0.3]))
+
+
+def test_only_the_sides_and_the_top_of_the_grid_are_open():
+    directions = np.array([[1.0, 0, 0], [0, 0, 1.0], [0.6, 0, -0.8], [0.9950371902, 0, -0.0995037190]])
+    rays = Rays.from_numpy(np.zeros((4, 3)), directions, np.full(4, np.inf), 17)
+    far_m = torch.tensor([16.0, 4.0, 5.0, 16.08])  # the last one leaves through the side, 1.6 m down
+    assert leaving_below(rays, far_m, GRID).tolist() == [False, False, True, False]
 
 
 def test_colors_are_compared_by_opacity():
@@ -221,12 +233,10 @@ def wall_field(x_m: torch.Tensor, sharpness: float = 4.0) -> VoxelField:
 def test_a_wall_in_the_wrong_place_is_pushed_to_where_images_agree(method, step_m):
     views = wall_views(0.0, 1.5, -1.5)
     pixels = middle_pixels(views, 200)
-    rendering = RenderConfig(method=method)
-    matching = surface_matching_loss if method == "surface" else volume_matching_loss
+    matching, rendering = PhotometricConfig(matching_weight=1.0), RenderConfig(method=method)
     for offset_m, sign in ((-step_m, -1), (step_m, 1)):
         x_m = torch.tensor(WALL_M + offset_m, requires_grad=True)
-        rendered = render(wall_field(x_m), pixels.rays, GRID, config=rendering)
-        matching(rendered, PatchMatcher(views, pixels)).backward()
+        photometric_losses(wall_field(x_m), views, pixels, GRID, matching, rendering)["matching"].backward()
         assert torch.sign(x_m.grad) == sign  # descent moves it towards the wall
 
 

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning from images alone: how far off the LiDAR's returns are, before and after, and beside a flat ground.
+
+LiDAR is the judge and never the teacher: returns of what stands still, seen by cameras. A field's answer is the distance
+within which half of a ray ends. *Logs*: one field per scene, fitted to its photographs, by volumes all along, or by
+surfaces in the last third. *Networks*: checkpoints of training.fit, on keyframes of another root, beside the same network
+untrained.
+
+python -m benchmarks.photometric --dataroot data/a --scenes minicity-501-0000
+python -m benchmarks.photometric --val-dataroot data/val --checkpoints out/photometric/last.ckpt
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.report import machine
+from occflownet_core.command_line import exit_status
+from occflownet_core.errors import ConfigError
+from occflownet_core.grid import VoxelGrid
+from occflownet_core.model import OccFlowNet
+from occflownet_core.renderer import Rays, render
+from occflownet_core.views import still_rays
+from occflownet_core.voxel_field import Field
+from training.checkpoint import load_checkpoint
+from training.data.batch import OccupancyBatch, collate
+from training.data.dataset import NuScenesOccupancy
+from training.data.nuscenes import KeyframeIndex
+from training.data.rays import LidarRays
+from training.data.splits import only_version
+from training.image_scene import ImageScene, fit_to_images, load_image_scene, still_lidar_rays
+from training.module import OccupancyLearner
+from training.scene import BOX_SCALE, median_range_m, predicted_range_m
+from training.settings import TrainingConfig
+from training.voxel_fitting import LOG_LEVELS, FitSettings
+
+WITHIN_M = (0.4, 1.0, 2.0)
+_RAYS = 20_000
+_LAST_THIRD = 2 / 3
+
+
+def flat_ground_m(rays: Rays) -> np.ndarray:
+    """Ranges [R] to the plane z = 0 of the frame that rays are in, which a vehicle stands on; infinite above the horizon.
+
+    >>> down = np.array([[0.6, 0.0, -0.8], [0.6, 0.0, 0.8]])
+    >>> flat_ground_m(Rays.from_numpy(np.array([[0.0, 0.0, 1.6]]), down, np.ones(2), 0)).tolist()
+    [2.0, inf]
+    """
+    down = -rays.direction[:, 2].numpy()
+    return np.where(down > 0, rays.origin_m[:, 2].numpy() / np.where(down > 0, down, 1.0), np.inf)
+
+
+def errors_of(predicted_m: np.ndarray, rays: Rays) -> np.ndarray:
+    """Absolute errors [R], metres; infinite for rays that are predicted to meet nothing."""
+    return np.abs(predicted_m - rays.range_m.numpy())
+
+
+def summary(error_m: np.ndarray) -> dict:
+    """What a table shows of absolute errors [R]."""
+    median_m, most_m = (float(np.percentile(error_m, p, method="lower")) for p in (50, 90))
+    return {
+        "rays": len(error_m),
+        "median_m": median_m if np.isfinite(median_m) else None,
+        "p90_m": most_m if np.isfinite(most_m) else None,
+        **{f"within_{limit_m:g}m": float((error_m <= limit_m).mean()) for limit_m in WITHIN_M},
+        "missed": float(np.isinf(error_m).mean()),
+    }
+
+
+def of_log(images: ImageScene, steps: int, seed: int) -> dict[str, np.ndarray]:
+    """Errors by how a field was learned from one log's images."""
+    generator = torch.Generator().manual_seed(seed)
+    rays = still_lidar_rays(images)
+    rays = rays[rays.returned].sample(_RAYS, generator)
+    settings = FitSettings(steps, current_share=None, seed=seed, **LOG_LEVELS)
+    errors = {"flat ground": errors_of(flat_ground_m(rays), rays)}
+    for name, fit_settings, surfaces_after in (
+        ("before training", replace(settings, steps=1, density_rate=0.0), 1.0),
+        ("volumes", settings, 1.0),
+        ("volumes, then surfaces", settings, _LAST_THIRD),
+    ):
+        fitted = fit_to_images(images, fit_settings, surfaces_after=surfaces_after)
+        errors[name] = errors_of(predicted_range_m(images.scene, fitted, rays), rays)
+    return errors
+
+
+def of_networks(
+    config: TrainingConfig, models: dict[str, OccFlowNet], dataroot: Path, keyframes: int, console: Console
+) -> dict[str, np.ndarray]:
+    """Errors by network, over keyframes of a root that none of them saw."""
+    learners = {name: OccupancyLearner(config, model).eval() for name, model in models.items()}
+    errors: dict[str, list[np.ndarray]] = {name: [] for name in ("flat ground", *models)}
+    data = _windows(config, next(iter(models.values())), dataroot, keyframes)
+    for window in track(data, "keyframes", console=console, transient=True, total=keyframes):
+        rays = _judges(window[-1])
+        errors["flat ground"].append(errors_of(flat_ground_m(rays), rays))
+        for name, learner in learners.items():
+            with torch.no_grad():
+                predicted_m = median_m(learner(window).field, rays, config.model.grid)
+            errors[name].append(errors_of(predicted_m, rays))
+    return {name: np.concatenate(parts) for name, parts in errors.items()}
+
+
+def median_m(field: Field, rays: Rays, grid: VoxelGrid) -> np.ndarray:
+    """Where half of each ray [R] ends."""
+    return median_range_m(render(field, rays, grid), len(rays)).numpy()
+
+
+def _windows(
+    config: TrainingConfig, model: OccFlowNet, dataroot: Path, keyframes: int
+) -> Iterator[list[OccupancyBatch]]:
+    network = config.model
+    dataset = NuScenesOccupancy(
+        KeyframeIndex(dataroot, only_version(dataroot), cameras=network.cameras),
+        network.image_width_px,
+        network.image_height_px,
+        model.lift_spec,
+        grid=network.grid,
+        rays=LidarRays("lidarseg"),
+        horizon=1,
+        boxes=True,
+        window=config.window,
+    )
+    for i in np.linspace(0, len(dataset) - 1, keyframes).round().astype(int).tolist():
+        yield collate([dataset[i]])
+
+
+def _judges(batch: OccupancyBatch) -> Rays:
+    """The current keyframe's returns of what stands still."""
+    rays = batch.rays[(batch.rays.time_index == 0) & batch.rays.returned]
+    return rays[still_rays(rays, batch.boxes, BOX_SCALE)].sample(_RAYS, torch.Generator().manual_seed(0))
+
+
+def print_table(title: str, summaries: dict[str, dict], console: Console) -> None:
+    """Rows by how a field was learned."""
+    table = Table(title=title, title_justify="left")
+    headings = ("", "median m", "90 % below m", *(f"within {limit_m:g} m %" for limit_m in WITHIN_M), "missed %")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, s in summaries.items():
+        metres = ("-" if s[key] is None else f"{s[key]:.2f}" for key in ("median_m", "p90_m"))
+        shares = (f"{100 * s[key]:.1f}" for key in (*(f"within_{limit_m:g}m" for limit_m in WITHIN_M), "missed"))
+        table.add_row(name, *metres, *shares)
+    console.print(table)
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Measure, print and write ``photometric.json``."""
+    if not options.dataroot and not options.checkpoints:
+        raise ConfigError("nothing to measure; give --dataroot (logs), or --val-dataroot and --checkpoints (networks)")
+    if options.checkpoints and not options.val_dataroot:
+        raise ConfigError("--checkpoints are judged on another root; give --val-dataroot")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report: dict[str, object] = {"machine": machine(), "torch": torch.__version__, "steps": options.steps}
+    if options.dataroot:
+        index = KeyframeIndex(options.dataroot, only_version(options.dataroot), scenes=options.scenes)
+        logs = [
+            of_log(load_image_scene(index, name), options.steps, options.seed)
+            for name in track(list(index.scenes), "logs", console=console, transient=True)
+        ]
+        together = {row: np.concatenate([log[row] for log in logs]) for row in logs[0]}
+        report["logs"] = {"scenes": list(index.scenes), **{row: summary(e) for row, e in together.items()}}
+        print_table(f"fields of {len(logs)} logs", {row: summary(e) for row, e in together.items()}, console)
+    if options.checkpoints:
+        checkpoints = [load_checkpoint(path) for path in options.checkpoints]
+        config = checkpoints[0].training_config
+        torch.manual_seed(options.seed)
+        models = {"untrained": OccFlowNet(config.model.without_download()).eval()}
+        models |= {str(c.path): c.model() for c in checkpoints}
+        errors = of_networks(config, models, options.val_dataroot, options.keyframes, console)
+        report["networks"] = {row: summary(e) for row, e in errors.items()}
+        print_table(f"networks on {options.keyframes} keyframes", report["networks"], console)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "photometric.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.photometric",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--dataroot", type=Path, metavar="DIR", help="root whose logs to fit")
+    parser.add_argument("--scenes", nargs="+", metavar="NAME", help="of them (default: all)")
+    parser.add_argument("--steps", type=int, default=150, help="of each fit (default %(default)s)")
+    parser.add_argument("--checkpoints", type=Path, nargs="+", default=[], metavar="FILE", help="networks, all alike")
+    parser.add_argument("--val-dataroot", type=Path, metavar="DIR", help="root to judge networks on")
+    parser.add_argument("--keyframes", type=int, default=12, help="of it (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for JSON (default: out/bench)")
+    options = parser.parse_args(arguments)
+    return exit_status("benchmarks.photometric", lambda: run(options, Console()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
