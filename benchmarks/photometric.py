@@ -2,9 +2,8 @@
 """Learning from images alone: how far off the LiDAR's returns are, before and after, and beside a flat ground.
 
 LiDAR is the judge and never the teacher: returns of what stands still, seen by cameras. A field's answer is the distance
-within which half of a ray ends. *Logs*: one field per scene, fitted to its photographs, by volumes all along, or by
-surfaces in the last third. *Networks*: checkpoints of training.fit, on keyframes of another root, beside the same network
-untrained.
+within which half of a ray ends. *Logs*: one field per scene, fitted to its photographs. *Networks*: checkpoints of
+training.fit, on keyframes of another root, beside the same network untrained.
 
 python -m benchmarks.photometric --dataroot data/a --scenes minicity-501-0000
 python -m benchmarks.photometric --val-dataroot data/val --checkpoints out/photometric/last.ckpt
@@ -47,7 +46,6 @@ from training.voxel_fitting import LOG_LEVELS, FitSettings
 
 WITHIN_M = (0.4, 1.0, 2.0)
 _RAYS = 20_000
-_LAST_THIRD = 2 / 3
 
 
 def flat_ground_m(rays: Rays) -> np.ndarray:
@@ -79,18 +77,17 @@ def summary(error_m: np.ndarray) -> dict:
 
 
 def of_log(images: ImageScene, steps: int, seed: int) -> dict[str, np.ndarray]:
-    """Errors by how a field was learned from one log's images."""
+    """Errors of one log's field, before and after it learned from the images."""
     generator = torch.Generator().manual_seed(seed)
     rays = still_lidar_rays(images)
     rays = rays[rays.returned].sample(_RAYS, generator)
     settings = FitSettings(steps, current_share=None, seed=seed, **LOG_LEVELS)
     errors = {"flat ground": errors_of(flat_ground_m(rays), rays)}
-    for name, fit_settings, surfaces_after in (
-        ("before training", replace(settings, steps=1, density_rate=0.0), 1.0),
-        ("volumes", settings, 1.0),
-        ("volumes, then surfaces", settings, _LAST_THIRD),
+    for name, fit_settings in (
+        ("before", replace(settings, steps=1, density_rate=0.0)),
+        ("after", settings),
     ):
-        fitted = fit_to_images(images, fit_settings, surfaces_after=surfaces_after)
+        fitted = fit_to_images(images, fit_settings)
         errors[name] = errors_of(predicted_range_m(images.scene, fitted, rays), rays)
     return errors
 
@@ -194,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--dataroot", type=Path, metavar="DIR", help="root whose logs to fit")
     parser.add_argument("--scenes", nargs="+", metavar="NAME", help="of them (default: all)")
-    parser.add_argument("--steps", type=int, default=150, help="of each fit (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="of each fit (default %(default)s)")
     parser.add_argument("--checkpoints", type=Path, nargs="+", default=[], metavar="FILE", help="networks, all alike")
     parser.add_argument("--val-dataroot", type=Path, metavar="DIR", help="root to judge networks on")
     parser.add_argument("--keyframes", type=int, default=12, help="of it (default %(default)s)")

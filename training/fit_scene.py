@@ -40,7 +40,7 @@ from training.scene_picture import scene_picture
 from training.voxel_fitting import LOG_LEVELS, RECIPE, FitSettings, FittedVoxels, fit_voxels
 
 WITHIN_M = (0.2, 0.4, 1.0)
-_USUAL_STEPS, _USUAL_RAYS = {"lidar": 60, "images": 150}, {"lidar": 16384, "images": 4096}
+_USUAL_STEPS, _USUAL_RAYS = {"lidar": 60, "images": 100}, {"lidar": 16384, "images": 4096}
 _TEST_RAYS = 100_000
 _HELP_END = """
 what it writes into OUT
@@ -322,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the images that are compared (default %(default)s)",
     )
     parser.add_argument("--voxel-size", type=float, default=0.4, metavar="M", help="of the fit (default 0.4 m)")
-    parser.add_argument("--steps", type=int, help="optimiser steps (default 60, from images 150)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default 60, from images 100)")
     parser.add_argument("--rays-per-step", type=int, metavar="N", help="default 16384, from images 4096")
     parser.add_argument("--forgetting", type=float, default=0.1, help="weight decay of the density (default 0.1)")
     parser.add_argument(

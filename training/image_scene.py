@@ -16,7 +16,7 @@ from torch import Tensor
 from occflownet_core.boxes import MovingBoxes
 from occflownet_core.labels import OCCUPIED_CLASSES
 from occflownet_core.photometric import PhotometricConfig, draw_still_pixels, photometric_losses
-from occflownet_core.renderer import Rays, RenderConfig
+from occflownet_core.renderer import Rays
 from occflownet_core.views import Views, still_rays
 from occflownet_core.voxel_field import VoxelField
 from training.data.nuscenes import KeyframeIndex
@@ -79,7 +79,6 @@ def fit_to_images(
     images: ImageScene,
     settings: FitSettings,
     config: PhotometricConfig = IMAGE_RECIPE,
-    surfaces_after: float = 1.0,
     on_step: Callable[[dict[str, Tensor]], object] = lambda terms: None,
 ) -> FittedVoxels:
     """Fit a field to a log's images; its logits are zero, since nothing says of which class anything is.
@@ -88,8 +87,6 @@ def fit_to_images(
         images: the log.
         settings: of the fit; ``rays_per_step`` is not read, ``config.pixels_per_step`` is.
         config: terms and weights.
-        surfaces_after: share of the fit after which surfaces are rendered instead of volumes, without which there would
-            be none to begin with.
         on_step: called after each step with its terms.
     """
     grid = images.scene.grid
@@ -97,8 +94,7 @@ def fit_to_images(
     def terms(field: VoxelField, done: float, generator: torch.Generator) -> dict[str, Tensor]:
         pixels = draw_still_pixels(images.views, images.moving, config, generator)
         colored = replace(field, logits_lattice=field.logits_lattice.sigmoid())
-        rendering = RenderConfig(method="surface" if done >= surfaces_after else "traversal")
-        return photometric_losses(colored, images.views, pixels, grid, config, rendering, generator)
+        return photometric_losses(colored, images.views, pixels, grid, config, generator=generator)
 
     fitted = fit_lattice(terms, RGB, grid, settings, on_step=on_step)
     x, y, z = grid.shape

@@ -114,12 +114,11 @@ def wall_log() -> ImageScene:
     return ImageScene(scene, views, MovingBoxes.empty())
 
 
-@pytest.mark.parametrize("surfaces_after", [1.0, 0.6])
-def test_a_field_learns_from_images_how_far_the_wall_is(surfaces_after):
+def test_a_field_learns_from_images_how_far_the_wall_is():
     images = wall_log()
     settings = FitSettings(40, current_share=None, density_levels=((1, 1, 1), (1, 4, 4)))
     recipe = PhotometricConfig(matching_weight=1.0, color_weight=0.1, pixels_per_step=600)
-    fitted = fit_to_images(images, settings, recipe, surfaces_after)
+    fitted = fit_to_images(images, settings, recipe)
     y, z = np.meshgrid(np.linspace(-1.5, 1.5, 7), np.linspace(-0.8, 0.8, 5))
     towards = np.stack([np.full(y.size, 6.0), y.ravel(), z.ravel()], axis=1)
     range_m = np.linalg.norm(towards, axis=1)
