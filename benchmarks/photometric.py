@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning from images alone: how far off the LiDAR's returns are, before and after, and beside a flat ground.
 
-LiDAR is the judge and never the teacher: returns of what stands still, seen by cameras. A field's answer is the distance
+LiDAR is the judge and never the teacher: returns of what does not move; a plane knows the ground of a flat town better than
+any field, so what stands on it is counted for itself. A field's answer is the distance
 within which half of a ray ends. *Logs*: one field per scene, fitted to its photographs. *Networks*: checkpoints of
 training.fit, on keyframes of another root, beside the same network untrained.
 
@@ -45,7 +46,11 @@ from training.settings import TrainingConfig
 from training.voxel_fitting import LOG_LEVELS, FitSettings
 
 WITHIN_M = (0.4, 1.0, 2.0)
+STANDING_M = 0.5
 _RAYS = 20_000
+
+Judged = tuple[dict[str, np.ndarray], np.ndarray]
+"""Errors [R] by how a field was learned, and True [R] for returns more than ``STANDING_M`` above the plane z = 0."""
 
 
 def flat_ground_m(rays: Rays) -> np.ndarray:
@@ -76,7 +81,12 @@ def summary(error_m: np.ndarray) -> dict:
     }
 
 
-def of_log(images: ImageScene, steps: int, seed: int) -> dict[str, np.ndarray]:
+def standing(rays: Rays) -> np.ndarray:
+    """True [R] for returns of what stands on the ground."""
+    return (rays.end_m[:, 2] > STANDING_M).numpy()
+
+
+def of_log(images: ImageScene, steps: int, seed: int) -> Judged:
     """Errors of one log's field, before and after it learned from the images."""
     generator = torch.Generator().manual_seed(seed)
     rays = still_lidar_rays(images)
@@ -89,24 +99,32 @@ def of_log(images: ImageScene, steps: int, seed: int) -> dict[str, np.ndarray]:
     ):
         fitted = fit_to_images(images, fit_settings)
         errors[name] = errors_of(predicted_range_m(images.scene, fitted, rays), rays)
-    return errors
+    return errors, standing(rays)
 
 
 def of_networks(
     config: TrainingConfig, models: dict[str, OccFlowNet], dataroot: Path, keyframes: int, console: Console
-) -> dict[str, np.ndarray]:
+) -> Judged:
     """Errors by network, over keyframes of a root that none of them saw."""
     learners = {name: OccupancyLearner(config, model).eval() for name, model in models.items()}
-    errors: dict[str, list[np.ndarray]] = {name: [] for name in ("flat ground", *models)}
+    parts: list[Judged] = []
     data = _windows(config, next(iter(models.values())), dataroot, keyframes)
     for window in track(data, "keyframes", console=console, transient=True, total=keyframes):
         rays = _judges(window[-1])
-        errors["flat ground"].append(errors_of(flat_ground_m(rays), rays))
+        errors = {"flat ground": errors_of(flat_ground_m(rays), rays)}
         for name, learner in learners.items():
             with torch.no_grad():
                 predicted_m = median_m(learner(window).field, rays, config.model.grid)
-            errors[name].append(errors_of(predicted_m, rays))
-    return {name: np.concatenate(parts) for name, parts in errors.items()}
+            errors[name] = errors_of(predicted_m, rays)
+        parts.append((errors, standing(rays)))
+    return joined(parts)
+
+
+def joined(parts: list[Judged]) -> Judged:
+    """All parts' returns together."""
+    return {row: np.concatenate([errors[row] for errors, _ in parts]) for row in parts[0][0]}, np.concatenate(
+        [up for _, up in parts]
+    )
 
 
 def median_m(field: Field, rays: Rays, grid: VoxelGrid) -> np.ndarray:
@@ -139,17 +157,26 @@ def _judges(batch: OccupancyBatch) -> Rays:
     return rays[still_rays(rays, batch.boxes, BOX_SCALE)].sample(_RAYS, torch.Generator().manual_seed(0))
 
 
-def print_table(title: str, summaries: dict[str, dict], console: Console) -> None:
+def summaries(judged: Judged) -> dict[str, dict]:
+    """By how a field was learned: all returns, and those of what stands up."""
+    errors, up = judged
+    return {row: {**summary(error_m), "standing": summary(error_m[up])} for row, error_m in errors.items()}
+
+
+def print_table(title: str, found: dict[str, dict], console: Console) -> None:
     """Rows by how a field was learned."""
-    table = Table(title=title, title_justify="left")
-    headings = ("", "median m", "90 % below m", *(f"within {limit_m:g} m %" for limit_m in WITHIN_M), "missed %")
-    for heading in headings:
+    table = Table(title=title, title_justify="left", caption=f"standing: returns more than {STANDING_M:g} m up")
+    headings = ("median m", *(f"< {limit_m:g} m %" for limit_m in WITHIN_M), "missed %")
+    for heading in ("", *headings, *(f"standing: {heading}" for heading in headings)):
         table.add_column(heading, justify="right" if heading else "left")
-    for name, s in summaries.items():
-        metres = ("-" if s[key] is None else f"{s[key]:.2f}" for key in ("median_m", "p90_m"))
-        shares = (f"{100 * s[key]:.1f}" for key in (*(f"within_{limit_m:g}m" for limit_m in WITHIN_M), "missed"))
-        table.add_row(name, *metres, *shares)
+    for name, s in found.items():
+        table.add_row(name, *_cells(s), *_cells(s["standing"]))
     console.print(table)
+
+
+def _cells(s: dict) -> list[str]:
+    shares = (f"{100 * s[key]:.1f}" for key in (*(f"within_{limit_m:g}m" for limit_m in WITHIN_M), "missed"))
+    return ["-" if s["median_m"] is None else f"{s['median_m']:.2f}", *shares]
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -167,17 +194,15 @@ def run(options: argparse.Namespace, console: Console) -> None:
             of_log(load_image_scene(index, name), options.steps, options.seed)
             for name in track(list(index.scenes), "logs", console=console, transient=True)
         ]
-        together = {row: np.concatenate([log[row] for log in logs]) for row in logs[0]}
-        report["logs"] = {"scenes": list(index.scenes), **{row: summary(e) for row, e in together.items()}}
-        print_table(f"fields of {len(logs)} logs", {row: summary(e) for row, e in together.items()}, console)
+        report["scenes"], report["logs"] = list(index.scenes), summaries(joined(logs))
+        print_table(f"fields of {len(logs)} logs", report["logs"], console)
     if options.checkpoints:
         checkpoints = [load_checkpoint(path) for path in options.checkpoints]
         config = checkpoints[0].training_config
         torch.manual_seed(options.seed)
         models = {"untrained": OccFlowNet(config.model.without_download()).eval()}
-        models |= {str(c.path): c.model() for c in checkpoints}
-        errors = of_networks(config, models, options.val_dataroot, options.keyframes, console)
-        report["networks"] = {row: summary(e) for row, e in errors.items()}
+        models |= {c.path.parent.name: c.model() for c in checkpoints}
+        report["networks"] = summaries(of_networks(config, models, options.val_dataroot, options.keyframes, console))
         print_table(f"networks on {options.keyframes} keyframes", report["networks"], console)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "photometric.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -235,6 +235,7 @@ def test_a_flat_ground_is_met_by_hand():
     found = benchmark.summary(error_m)
     assert found["within_1m"] == 0.5 and found["missed"] == 0.5 and found["median_m"] == pytest.approx(0.5)
     assert found["p90_m"] == pytest.approx(0.5)  # of two, the lower
+    assert benchmark.standing(rays).tolist() == [False, True]  # ends at -0.4 and 1.6 m
 
 
 def test_the_benchmark_wants_something_to_measure(capsys):
