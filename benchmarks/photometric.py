@@ -122,9 +122,8 @@ def of_networks(
 
 def joined(parts: list[Judged]) -> Judged:
     """All parts' returns together."""
-    return {row: np.concatenate([errors[row] for errors, _ in parts]) for row in parts[0][0]}, np.concatenate(
-        [up for _, up in parts]
-    )
+    errors = {row: np.concatenate([part[row] for part, _ in parts]) for row in parts[0][0]}
+    return errors, np.concatenate([up for _, up in parts])
 
 
 def median_m(field: Field, rays: Rays, grid: VoxelGrid) -> np.ndarray:
@@ -163,15 +162,16 @@ def summaries(judged: Judged) -> dict[str, dict]:
     return {row: {**summary(error_m), "standing": summary(error_m[up])} for row, error_m in errors.items()}
 
 
-def print_table(title: str, found: dict[str, dict], console: Console) -> None:
-    """Rows by how a field was learned."""
-    table = Table(title=title, title_justify="left", caption=f"standing: returns more than {STANDING_M:g} m up")
-    headings = ("median m", *(f"< {limit_m:g} m %" for limit_m in WITHIN_M), "missed %")
-    for heading in ("", *headings, *(f"standing: {heading}" for heading in headings)):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, s in found.items():
-        table.add_row(name, *_cells(s), *_cells(s["standing"]))
-    console.print(table)
+def print_tables(title: str, found: dict[str, dict], console: Console) -> None:
+    """Rows by how a field was learned; one table for all returns, one for those of what stands up."""
+    headings = ("", "median m", *(f"< {limit_m:g} m %" for limit_m in WITHIN_M), "missed %")
+    for which, part in ("all returns", None), (f"more than {STANDING_M:g} m up", "standing"):
+        table = Table(title=f"{title}, {which}", title_justify="left")
+        for heading in headings:
+            table.add_column(heading, justify="right" if heading else "left")
+        for name, s in found.items():
+            table.add_row(name, *_cells(s[part] if part else s))
+        console.print(table)
 
 
 def _cells(s: dict) -> list[str]:
@@ -195,7 +195,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             for name in track(list(index.scenes), "logs", console=console, transient=True)
         ]
         report["scenes"], report["logs"] = list(index.scenes), summaries(joined(logs))
-        print_table(f"fields of {len(logs)} logs", report["logs"], console)
+        print_tables(f"fields of {len(logs)} logs", report["logs"], console)
     if options.checkpoints:
         checkpoints = [load_checkpoint(path) for path in options.checkpoints]
         config = checkpoints[0].training_config
@@ -203,7 +203,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         models = {"untrained": OccFlowNet(config.model.without_download()).eval()}
         models |= {c.path.parent.name: c.model() for c in checkpoints}
         report["networks"] = summaries(of_networks(config, models, options.val_dataroot, options.keyframes, console))
-        print_table(f"networks on {options.keyframes} keyframes", report["networks"], console)
+        print_tables(f"networks on {options.keyframes} keyframes", report["networks"], console)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "photometric.json").write_text(json.dumps(report, indent=2) + "\n")
 
