@@ -13,8 +13,10 @@ import cv2
 
 WIDTH_PX, QUALITY = 1400, 82
 
-last = sorted(Path(sys.argv[1]).glob("*_field.png"))[-1]
-picture = cv2.imread(str(last))
+pictures = sorted(Path(sys.argv[1]).glob("*_field.png"))
+if not pictures:
+    sys.exit(f"{sys.argv[1]} has no *_field.png; fit the scene first")
+picture = cv2.imread(str(pictures[-1]))
 size = (WIDTH_PX, round(WIDTH_PX * picture.shape[0] / picture.shape[1]))
 cv2.imwrite(
     str(Path(__file__).with_name("photometric.jpg")),
