@@ -28,10 +28,10 @@ from rich.table import Table
 from benchmarks.report import machine
 from occflownet_core.command_line import exit_status
 from occflownet_core.errors import ConfigError
-from occflownet_core.grid import VoxelGrid
+from occflownet_core.grid import OCC3D_GRID, VoxelGrid
 from occflownet_core.model import OccFlowNet
+from occflownet_core.motion import StillWorld
 from occflownet_core.renderer import Rays, render
-from occflownet_core.views import still_rays
 from occflownet_core.voxel_field import Field
 from training.checkpoint import load_checkpoint
 from training.data.batch import OccupancyBatch, collate
@@ -39,7 +39,7 @@ from training.data.dataset import NuScenesOccupancy
 from training.data.nuscenes import KeyframeIndex
 from training.data.rays import LidarRays
 from training.data.splits import only_version
-from training.image_scene import ImageScene, fit_to_images, load_image_scene, still_lidar_rays
+from training.image_scene import PIXELS_PER_STEP, ImageScene, fit_to_images, load_image_scene, still_lidar_rays
 from training.module import OccupancyLearner
 from training.scene import BOX_SCALE, median_range_m, predicted_range_m
 from training.settings import TrainingConfig
@@ -91,7 +91,7 @@ def of_log(images: ImageScene, steps: int, seed: int) -> Judged:
     generator = torch.Generator().manual_seed(seed)
     rays = still_lidar_rays(images)
     rays = rays[rays.returned].sample(_RAYS, generator)
-    settings = FitSettings(steps, current_share=None, seed=seed, **LOG_LEVELS)
+    settings = FitSettings(steps, PIXELS_PER_STEP, current_share=None, seed=seed, **LOG_LEVELS)
     errors = {"flat ground": errors_of(flat_ground_m(rays), rays)}
     for name, fit_settings in (
         ("before", replace(settings, steps=1, density_rate=0.0)),
@@ -153,7 +153,9 @@ def _windows(
 def _judges(batch: OccupancyBatch) -> Rays:
     """The current keyframe's returns of what stands still."""
     rays = batch.rays[(batch.rays.time_index == 0) & batch.rays.returned]
-    return rays[still_rays(rays, batch.boxes, BOX_SCALE)].sample(_RAYS, torch.Generator().manual_seed(0))
+    return rays[StillWorld(batch.boxes, BOX_SCALE).keeps(rays, OCC3D_GRID)].sample(
+        _RAYS, torch.Generator().manual_seed(0)
+    )
 
 
 def summaries(judged: Judged) -> dict[str, dict]:

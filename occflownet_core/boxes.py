@@ -137,6 +137,11 @@ class MovingBoxes:
         """Directions [n, 3], turned back to time 0 by boxes [n]."""
         return (self.now_from_then[box][:, :3, :3] @ direction[..., None])[..., 0]
 
+    def standing(self, ego_from_box: Tensor, time_index: Tensor) -> MovingBoxes:
+        """The same boxes at one time [N] each, at poses [N, 4, 4], and nowhere else."""
+        nowhere = torch.full_like(ego_from_box, torch.nan)
+        return MovingBoxes(nowhere, ego_from_box, self.size_m, self.label, time_index, self.batch_index)
+
     def scaled(self, factor: float) -> MovingBoxes:
         """The boxes about their own centres, ``factor`` times as large."""
         return MovingBoxes(

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the content of point p at time t is in the current field, and whether there is any: StaticWorld,
-DynamicFilter, BoxFlow, LearnedFlow (OccFlowNet, arXiv 2402.12792, sections 3.3 and 3.4; here points move, voxels do
+DynamicFilter, BoxFlow, StillWorld, LearnedFlow (OccFlowNet, arXiv 2402.12792, sections 3.3 and 3.4; here points move, voxels do
 not). All points, poses and velocities are expressed in the current ego frame."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -231,6 +231,39 @@ class BoxFlow(StaticWorld):
 
     def asks_points(self, rays: Rays) -> Tensor:
         return self.concerns(rays) if self.require_class else super().asks_points(rays)
+
+
+class StillWorld(StaticWorld):
+    """The part of the world that nothing moves in: rays that cross a moving box, wherever they end, are dropped.
+
+    For rays whose end is not known, and for fields that hold only what stands still.
+
+    Args:
+        boxes: poses now and at other times; what is annotated at one of the two only counts as moving.
+        scale: boxes are this much larger than annotated.
+        still_m: objects none of whose corners moved further than this are left alone.
+    """
+
+    def __init__(self, boxes: MovingBoxes, scale: float = 1.3, still_m: float = 0.3) -> None:
+        if not scale > 0:
+            raise GeometryError(f"box scale is {scale}; give a positive factor")
+        moving = boxes.moving(still_m).scaled(scale)
+        # An index has boxes of other times only: those of time 0 stand in it at one that nobody else has.
+        self._now = max([0, *moving.time_index.tolist()]) + 1
+        then, now = moving[moving.seen_then], moving[moving.seen_now]
+        everywhen = MovingBoxes.cat(
+            [
+                then.standing(then.ego_from_box_then, then.time_index),
+                now.standing(now.ego_from_box_now, torch.full_like(now.time_index, self._now)),
+            ]
+        )
+        self._index = BoxIndex(everywhen)
+
+    def keeps(self, rays: Rays, grid: VoxelGrid) -> Tensor:
+        asked = replace(rays, time_index=torch.where(rays.time_index == 0, self._now, rays.time_index))
+        kept = torch.ones(len(rays), dtype=torch.bool, device=rays.range_m.device)
+        kept[self._index.crossed(asked)[0]] = False
+        return kept
 
 
 class LearnedFlow(StaticWorld):

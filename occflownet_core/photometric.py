@@ -7,7 +7,7 @@ place where a ray may end, by its weight (SelfOcc, arXiv 2311.12754, section 3.3
 minimum to be caught in, as a gradient through one distance has. *Colour*: the field has one at every point, and what
 is rendered of it must be the pixel's (NeRF, arXiv 2003.08934, eq. 6; DVR, arXiv 1912.07372, eq. 1).
 
-Both hold for what stands still. Pixels whose rays cross a box that moves are left out (``still_rays``).
+Both hold for what stands still. Pixels whose rays cross a box that moves are left out (``motion.StillWorld``).
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from occflownet_core.boxes import MovingBoxes
 from occflownet_core.errors import ConfigError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.motion import StaticWorld
 from occflownet_core.renderer import Rays, RenderConfig, RenderedRays, render
-from occflownet_core.views import PixelRays, Views, still_rays
+from occflownet_core.views import PixelRays, Views
 from occflownet_core.voxel_field import Field
 
 PATCH_STEP_PX = 2
@@ -128,7 +127,7 @@ def bilinear(images: Tensor, view: Tensor, pixel: Tensor) -> tuple[Tensor, Tenso
     """Images [V, H, W] between the centres of their pixels, differentiable in where.
 
     Args:
-        view: [...] int64.
+        view: [...] int64, which image; ``grid_sample`` would want all points of an image together.
         pixel: [..., 2] continuous.
 
     Returns:
@@ -161,12 +160,12 @@ def dissimilarity(a: Tensor, b: Tensor) -> Tensor:
     return _STRUCTURE_SHARE * structure + (1 - _STRUCTURE_SHARE) * (a - b).abs().mean(dim=-1)
 
 
-def draw_still_pixels(
-    views: Views, boxes: MovingBoxes | None, config: PhotometricConfig, generator: torch.Generator | None = None
+def draw_pixels(
+    views: Views, count: int, motion: StaticWorld, grid: VoxelGrid, generator: torch.Generator | None = None
 ) -> PixelRays:
-    """At most ``config.pixels_per_step`` random pixels, those left out that see into a box that moves."""
-    pixels = PixelRays.draw(views, config.pixels_per_step, PATCH_STEP_PX, generator)
-    return pixels if boxes is None else pixels[still_rays(pixels.rays, boxes, config.box_scale)]
+    """At most ``count`` random pixels, those that the motion keeps."""
+    pixels = PixelRays.draw(views, count, PATCH_STEP_PX, generator)
+    return pixels[motion.keeps(pixels.rays, grid)]
 
 
 def photometric_losses(
@@ -221,7 +220,7 @@ def volume_matching_loss(rendered: RenderedRays, matcher: PatchMatcher, open_end
     middle_m = samples.start_m[kept] + 0.5 * samples.length_m[kept]
     with torch.no_grad():
         within, within_known = matcher.cost(samples.ray[kept], middle_m.float())
-        beyond, beyond_known = cost_beyond(matcher, torch.where(open_end, rendered.far_m, _INFINITY_M))
+        beyond, beyond_known = cost_beyond(matcher, rendered.far_m, open_end)
         rays = torch.arange(len(rendered.opacity), device=kept.device)
         ray, cost, known = (
             torch.cat(pair) for pair in ((samples.ray[kept], rays), (within, beyond), (within_known, beyond_known))
@@ -240,20 +239,22 @@ def leaving_below(rays: Rays, far_m: Tensor, grid: VoxelGrid) -> Tensor:
     return (rays.direction[:, 2] < 0) & (end_z_m < grid.lower_m[2] + 0.5 * grid.voxel_size_m)
 
 
-def cost_beyond(matcher: PatchMatcher, far_m: Tensor) -> tuple[Tensor, Tensor]:
-    """The dissimilarity [R] at the best of the distances from ``far_m`` [R] to infinity, equal steps of their inverse; and
-    whether any of them is seen [R].
+def cost_beyond(matcher: PatchMatcher, far_m: Tensor, open_end: Tensor) -> tuple[Tensor, Tensor]:
+    """The dissimilarity [R] at infinity or, where the end is open [R], at the best of the distances from ``far_m`` [R] to
+    there, equal steps of their inverse; and whether any of them is seen [R].
 
     Were houses that stand out of the grid looked for at infinity alone, a ceiling would grow where the grid ends. But the
     least of many costs is low by chance as well: what it is raised by keeps rays from passing through what matches poorly
     everywhere. (By 1.3 rather than 1, on a MiniCity log, 7 % of LiDAR returns are missed rather than 19 %.)
     """
+    ray = open_end.nonzero()[:, 0]
     share = torch.arange(_STEPS_BEYOND, device=far_m.device) / _STEPS_BEYOND
-    range_m = torch.cat([far_m[:, None] / (1 - share), torch.full_like(far_m[:, None], _INFINITY_M)], dim=1)
-    ray = torch.arange(len(far_m), device=far_m.device).repeat_interleave(range_m.shape[1])
-    cost, known = (column.view_as(range_m) for column in matcher.cost(ray, range_m.reshape(-1).float()))
-    least = torch.where(known, cost, torch.inf).amin(dim=1).nan_to_num(posinf=0.0)
-    return _RAISED_BEYOND * least, known.any(dim=1)
+    range_m = torch.cat([(far_m[ray, None] / (1 - share)).reshape(-1), torch.full_like(far_m, _INFINITY_M)])
+    ray = torch.cat([ray.repeat_interleave(_STEPS_BEYOND), torch.arange(len(far_m), device=far_m.device)])
+    cost, known = matcher.cost(ray, range_m.float())
+    none = cost.new_full((len(far_m),), torch.inf)
+    least = none.scatter_reduce(0, ray, torch.where(known, cost, torch.inf), "amin")
+    return _RAISED_BEYOND * least.nan_to_num(posinf=0.0), least.isfinite()
 
 
 def surface_matching_loss(rendered: RenderedRays, matcher: PatchMatcher) -> Tensor:

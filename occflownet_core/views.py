@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views: images of several cameras and moments with their projections, rays through their pixels, and which of those
-see only what stands still."""
+"""Views: images of several cameras and moments with their projections, and rays through their pixels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from occflownet_core.boxes import BoxIndex, MovingBoxes
 from occflownet_core.errors import GeometryError
 from occflownet_core.labels import FREE
 from occflownet_core.renderer import Rays
@@ -130,27 +128,3 @@ class PixelRays:
         """[R, 3] float32, 0 to 1, of the pixels that rays pass through."""
         column, row = self.pixel.long().unbind(dim=1)
         return views.images[self.view, row, column].float() / 255
-
-
-def still_rays(rays: Rays, boxes: MovingBoxes, box_scale: float, still_m: float = 0.3) -> Tensor:
-    """True [R] for rays that cross no box that moves, at their own time.
-
-    Args:
-        rays: [R].
-        boxes: poses now and at other times; what is annotated at one of the two only counts as moving.
-        box_scale: boxes are taken this much larger.
-        still_m: a box no corner of which moved further stands still.
-    """
-    moving = boxes.moving(still_m).scaled(box_scale)
-    still = torch.ones(len(rays), dtype=torch.bool, device=rays.range_m.device)
-    if not len(moving):
-        return still
-    index = BoxIndex(moving)
-    ray, _, is_now, _, _ = index.crossed(rays)
-    still[ray[~is_now]] = False
-    current = (rays.time_index == 0).nonzero()[:, 0]
-    for time in moving.time_index.unique().tolist():  # boxes at time 0 stand in the index of every other time
-        then = replace(rays[current], time_index=torch.full_like(current, time))
-        ray, _, is_now, _, _ = index.crossed(then)
-        still[current[ray[is_now]]] = False
-    return still

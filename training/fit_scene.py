@@ -33,14 +33,14 @@ from training.data.nuscenes import Keyframe, KeyframeIndex, load_occupancy
 from training.data.rays import SweepRays
 from training.data.splits import only_version
 from training.evaluation_report import comparison_picture
-from training.image_scene import IMAGE_RECIPE, fit_to_images, load_image_scene, still_lidar_rays
+from training.image_scene import PIXELS_PER_STEP, fit_to_images, load_image_scene, still_lidar_rays
 from training.scene import Scene, keyframe_labels, load_scene, predicted_range_m
 from training.scene_mesh import add_mesh_options, check_mesh_options, write_drive
 from training.scene_picture import scene_picture
 from training.voxel_fitting import LOG_LEVELS, RECIPE, FitSettings, FittedVoxels, fit_voxels
 
 WITHIN_M = (0.2, 0.4, 1.0)
-_USUAL_STEPS, _USUAL_RAYS = {"lidar": 60, "images": 100}, {"lidar": 16384, "images": 4096}
+_USUAL_STEPS, _USUAL_RAYS = {"lidar": 60, "images": 100}, {"lidar": 16384, "images": PIXELS_PER_STEP}
 _TEST_RAYS = 100_000
 _HELP_END = """
 what it writes into OUT
@@ -163,8 +163,7 @@ def _from_images(index: KeyframeIndex, name: str, options: argparse.Namespace, p
     images = load_image_scene(
         index, name, options.image_width, options.voxel_size, on_keyframe=lambda: progress.advance(reading)
     )
-    recipe = replace(IMAGE_RECIPE, pixels_per_step=_rays_per_step(options))
-    fitted = fit_to_images(images, _settings(options), recipe, on_step=_step_reporter(progress, options))
+    fitted = fit_to_images(images, _settings(options), on_step=_step_reporter(progress, options))
     generator = torch.Generator().manual_seed(options.seed)
     unseen = still_lidar_rays(images).sample(_TEST_RAYS, generator)
     return _Fit(images.scene, fitted, images.moving, "none", unseen)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from occflownet_core.boxes import MovingBoxes
 from occflownet_core.labels import OCCUPIED_CLASSES
-from occflownet_core.photometric import PhotometricConfig, draw_still_pixels, photometric_losses
+from occflownet_core.motion import StillWorld
+from occflownet_core.photometric import PhotometricConfig, draw_pixels, photometric_losses
 from occflownet_core.renderer import Rays
-from occflownet_core.views import Views, still_rays
+from occflownet_core.views import Views
 from occflownet_core.voxel_field import VoxelField
 from training.data.nuscenes import KeyframeIndex
 from training.data.rays import SweepRays
@@ -26,8 +27,10 @@ from training.scene import BOX_SCALE, Scene, grid_around, moving_objects, scene_
 from training.voxel_fitting import FitSettings, FittedVoxels, fit_lattice
 
 RGB = 3
-IMAGE_RECIPE = PhotometricConfig(matching_weight=1.0, color_weight=0.1, pixels_per_step=4096)
-"""What ``training/configs/minicity_tiny_photometric.yaml`` asks of images, of more pixels."""
+IMAGE_RECIPE = PhotometricConfig(matching_weight=1.0, color_weight=0.1)
+"""What ``training/configs/minicity_tiny_photometric.yaml`` asks of images."""
+
+PIXELS_PER_STEP = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,14 +88,15 @@ def fit_to_images(
 
     Args:
         images: the log.
-        settings: of the fit; ``rays_per_step`` is not read, ``config.pixels_per_step`` is.
-        config: terms and weights.
+        settings: of the fit; a ray is a pixel's.
+        config: terms and weights; of how many pixels, the settings say.
         on_step: called after each step with its terms.
     """
     grid = images.scene.grid
+    still = StillWorld(images.moving, config.box_scale)
 
     def terms(field: VoxelField, done: float, generator: torch.Generator) -> dict[str, Tensor]:
-        pixels = draw_still_pixels(images.views, images.moving, config, generator)
+        pixels = draw_pixels(images.views, settings.rays_per_step, still, grid, generator)
         colored = replace(field, logits_lattice=field.logits_lattice.sigmoid())
         return photometric_losses(colored, images.views, pixels, grid, config, generator=generator)
 
@@ -107,4 +111,4 @@ def still_lidar_rays(images: ImageScene) -> Rays:
     if any(keyframe.lidar is None for keyframe in scene.keyframes):
         return Rays.empty()
     rays = scene_rays(scene.keyframes, SweepRays("none"), scene.grid)
-    return rays[still_rays(rays, images.moving, BOX_SCALE)]
+    return rays[StillWorld(images.moving, BOX_SCALE).keeps(rays, scene.grid)]

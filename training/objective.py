@@ -24,8 +24,8 @@ from occflownet_core.losses import (
     voxel_losses,
 )
 from occflownet_core.model import ModelOutput, ObservedImages
-from occflownet_core.motion import BoxFlow, DynamicFilter, LearnedFlow, StaticWorld, box_velocities
-from occflownet_core.photometric import draw_still_pixels, photometric_losses
+from occflownet_core.motion import BoxFlow, DynamicFilter, LearnedFlow, StaticWorld, StillWorld, box_velocities
+from occflownet_core.photometric import draw_pixels, photometric_losses
 from occflownet_core.point_losses import supervised_rays
 from occflownet_core.renderer import Rays
 from training.data.batch import OccupancyBatch
@@ -106,8 +106,9 @@ class Objective:
         if batch.views is None:
             raise DatasetError(f"samples {', '.join(batch.tokens)} came without views, which photometric terms need")
         settings, rendering = self.config.photometric, self.config.rendering.at(self.done)
-        boxes = required_boxes(batch) if self.config.motion.kind == "box_flow" else None
-        pixels = draw_still_pixels(batch.views, boxes, settings, generator)
+        still = self.config.motion.kind == "box_flow"
+        motion = StillWorld(required_boxes(batch), settings.box_scale) if still else StaticWorld()
+        pixels = draw_pixels(batch.views, settings.pixels_per_step, motion, self.render_grid, generator)
         self.rays += len(pixels)
         return photometric_losses(
             output.field.colored(), batch.views, pixels, self.render_grid, settings, rendering, generator

@@ -15,6 +15,7 @@ from occflownet_core.boxes import MovingBoxes
 from occflownet_core.camera import Camera
 from occflownet_core.errors import ConfigError, GeometryError
 from occflownet_core.grid import VoxelGrid
+from occflownet_core.motion import StillWorld
 from occflownet_core.photometric import (
     PatchMatcher,
     PhotometricConfig,
@@ -27,7 +28,7 @@ from occflownet_core.photometric import (
     volume_matching_loss,
 )
 from occflownet_core.renderer import Rays, RenderConfig, RenderedRays, RenderSamples, render
-from occflownet_core.views import PixelRays, Views, still_rays
+from occflownet_core.views import PixelRays, Views
 from occflownet_core.voxel_field import VoxelField
 
 WIDTH_PX, HEIGHT_PX, FOCAL_PX = 96, 64, 60.0
@@ -280,12 +281,12 @@ def test_pixels_that_see_into_a_moving_box_are_left_out():
         return Rays.from_numpy(np.zeros((len(to), 3)), direction, np.full(len(to), np.inf), 17, time)
 
     ahead_left_right = [(6, 0), (6, 5), (6, -5)]
-    assert still_rays(rays(ahead_left_right, 1), boxes, 1.0).tolist() == [False, True, True]
-    assert still_rays(rays(ahead_left_right, 0), boxes, 1.0).tolist() == [True, False, True]
+    assert StillWorld(boxes, 1.0).keeps(rays(ahead_left_right, 1), GRID).tolist() == [False, True, True]
+    assert StillWorld(boxes, 1.0).keeps(rays(ahead_left_right, 0), GRID).tolist() == [True, False, True]
     beside = [(6, 1.7)]
-    assert still_rays(rays(beside, 1), boxes, 1.0).tolist() == [True]
-    assert still_rays(rays(beside, 1), boxes, 1.5).tolist() == [False]
-    assert still_rays(rays(ahead_left_right, 1), MovingBoxes.empty(), 1.0).all()
+    assert StillWorld(boxes, 1.0).keeps(rays(beside, 1), GRID).tolist() == [True]
+    assert StillWorld(boxes, 1.5).keeps(rays(beside, 1), GRID).tolist() == [False]
+    assert StillWorld(MovingBoxes.empty()).keeps(rays(ahead_left_right, 1), GRID).all()
 
 
 @pytest.mark.parametrize(
