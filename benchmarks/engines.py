@@ -34,8 +34,9 @@ from occflownet_core.command_line import exit_status
 from occflownet_core.errors import DatasetError, EngineError
 from occflownet_core.model import ModelConfig
 from occflownet_core.runtime.bundle import Bundle, load_bundle
-from occflownet_core.runtime.comparison import EngineInput, EngineRecord, compare_engines
+from occflownet_core.runtime.comparison import EngineRecord, compare_engines
 from occflownet_core.runtime.cuda_device import find_gpu
+from occflownet_core.runtime.drive import EngineInput
 from occflownet_core.runtime.engine import HALF, SINGLE, Engine
 from occflownet_core.runtime.factory import create_engine
 from occflownet_core.runtime.quantisation import CPU, TENSORRT, quantise_bundle

@@ -13,7 +13,6 @@ import math
 import sys
 import time
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +23,12 @@ from skimage.measure import marching_cubes
 
 from benchmarks.report import Figure, publish
 from occflownet_core.command_line import exit_status
-from occflownet_core.errors import DatasetError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.mesh import march
 from occflownet_core.mise import SurfaceCells, levels_to, surface_cells
 from occflownet_core.query import POINTS_AT_A_TIME, batches
 from occflownet_core.runtime.bundle import Bundle, load_bundle
+from occflownet_core.runtime.drive import predictions
 from occflownet_core.runtime.factory import create_engine
 from occflownet_core.runtime.field_query import FieldQuery, FrameField
 from occflownet_ros.engine_inputs import bag_inputs
@@ -61,13 +60,8 @@ class Stopwatch:
 def demo_field(bag: Path, bundle: Bundle, frame: int, threads: int) -> FrameField:
     """The field of a drive's keyframe, with the memory of those before it."""
     engine = create_engine(bundle, "onnxruntime", threads)
-    engine.keep_field, prediction = True, None
-    for number, inputs in enumerate(islice(bag_inputs(bag, bundle), frame + 1)):
-        if number == 0:
-            engine.calibrate(inputs.rig)
-        prediction = engine.infer(inputs.images, inputs.previous_from_current)
-    if prediction is None:
-        raise DatasetError(f"bag {bag} has no complete image set; give another one")
+    engine.keep_field = True
+    *_, (_, prediction) = predictions(engine, bag_inputs(bag, bundle, most=frame + 1))
     return FieldQuery(bundle, threads).field(prediction.field_features)
 
 

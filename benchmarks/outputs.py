@@ -45,6 +45,7 @@ from occflownet_core.mesh import Mesh, extract_mesh
 from occflownet_core.occupancy_frame import OccupancyFrame, surface_voxels
 from occflownet_core.rig_file import load_rig
 from occflownet_core.runtime.bundle import Bundle, load_bundle
+from occflownet_core.runtime.drive import predictions
 from occflownet_core.runtime.factory import create_engine
 from occflownet_core.runtime.field_query import FieldQuery
 from occflownet_ros import conversions
@@ -252,11 +253,8 @@ def depth_figures(node, outputs: Outputs, frame: OccupancyFrame, rig, rounds: in
 def demo_frame(bundle: Bundle) -> OccupancyFrame:
     """Keyframe 3 of the demo drive, with its field's features."""
     engine = create_engine(bundle, "onnxruntime", 1)
-    engine.keep_field, prediction = True, None
-    for number, inputs in enumerate(itertools.islice(bag_inputs(share_path("demo", "bag"), bundle), 4)):
-        if number == 0:
-            engine.calibrate(inputs.rig)
-        prediction = engine.infer(inputs.images, inputs.previous_from_current)
+    engine.keep_field = True
+    *_, (_, prediction) = predictions(engine, bag_inputs(share_path("demo", "bag"), bundle, most=4))
     return OccupancyFrame(0, "base_link", bundle.grid, prediction.labels, field_features=prediction.field_features)
 
 

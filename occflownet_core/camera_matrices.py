@@ -87,9 +87,14 @@ class CameraMatrices:
         return replace(self, camera_from_ego=self.camera_from_ego @ ego_from_other)
 
     @property
+    def image_from_ego(self) -> np.ndarray:
+        """[N, 4, 4] float64."""
+        return self.image_from_camera @ self.camera_from_ego
+
+    @property
     def ego_from_image(self) -> np.ndarray:
         """[N, 4, 4] float64."""
-        return np.linalg.inv(self.image_from_camera @ self.camera_from_ego)
+        return np.linalg.inv(self.image_from_ego)
 
     def tables(self) -> CameraTables:
         """What a graph is told."""
@@ -97,7 +102,7 @@ class CameraMatrices:
         known = intrinsic[:, [0, 0, 0, 1, 1], [0, 1, 2, 1, 2]] / self.width_px  # [N, 5]
         pose = np.linalg.inv(self.camera_from_ego)[:, :3].reshape(-1, 12)
         return CameraTables(
-            (self.image_from_camera @ self.camera_from_ego).astype(np.float32),
+            self.image_from_ego.astype(np.float32),
             self.ego_from_image.astype(np.float32),
             np.concatenate([known, pose], axis=1).astype(np.float32),
         )

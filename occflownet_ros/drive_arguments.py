@@ -9,7 +9,7 @@ from pathlib import Path
 
 from occflownet_core.errors import DatasetError
 from occflownet_core.runtime.bundle import Bundle
-from occflownet_core.runtime.comparison import EngineInput
+from occflownet_core.runtime.drive import EngineInput
 
 
 def add_drive(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from occflownet_core.camera import CameraRig
 from occflownet_core.errors import BagError, DatasetError
 from occflownet_core.rig_file import load_rig
 from occflownet_core.runtime.bundle import Bundle
-from occflownet_core.runtime.comparison import EngineInput
+from occflownet_core.runtime.drive import EngineInput
 from occflownet_ros.bag import Bag, BagMessage
 from occflownet_ros.bag_calibration import save_bags_rig
 from occflownet_ros.bag_decoding import decode, stamp_of

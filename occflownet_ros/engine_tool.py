@@ -74,6 +74,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.command != "build":
         if arguments.frames is not None and arguments.frames < 1:
             parser.error(f"--frames is {arguments.frames}; give 1 or more")
+        if arguments.threads is not None and arguments.threads < 1:
+            parser.error(f"--threads is {arguments.threads}; give 1 or more")
         require_one_kind(parser, arguments)
     return arguments
 

@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.progress import track
 
 from occflownet_core.errors import EngineError
-from occflownet_core.runtime.bundle import load_bundle
+from occflownet_core.runtime.bundle import CPU, TARGETS, load_bundle
 from occflownet_ros.drive_arguments import add_drive, image_sets
 
-TARGETS = ("cpu", "tensorrt")
 FRAMES = 64
 
 _HELP = """
@@ -43,7 +42,7 @@ def add_quantise(commands: argparse._SubParsersAction) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="folder of the new bundle; must not exist"
     )
     add_drive(parser)
-    parser.add_argument("--target", choices=TARGETS, default="cpu", help="what will run it, see below (default: cpu)")
+    parser.add_argument("--target", choices=TARGETS, default=CPU, help="what will run it, see below (default: cpu)")
     parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=f"at most N frames (default: {FRAMES})")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
 

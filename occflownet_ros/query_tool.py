@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from occflownet_core.mesh import Mesh, extract_mesh, require_format, save_mesh
 from occflownet_core.mise import levels_to
 from occflownet_core.query import FieldSamples
 from occflownet_core.runtime.bundle import Bundle, load_bundle
+from occflownet_core.runtime.drive import EngineInput, predictions
 from occflownet_core.runtime.factory import create_engine
 from occflownet_core.runtime.field_query import FieldQuery, FrameField
 from occflownet_ros.drive_arguments import add_drive, image_sets, require_one_kind
@@ -159,14 +160,15 @@ def _points(arguments: argparse.Namespace, bundle: Bundle) -> np.ndarray | None:
 def _features(arguments: argparse.Namespace, bundle: Bundle, threads: int) -> tuple[str, np.ndarray]:
     """The image set's name and the field's features, with the memory of all sets before it, as on the vehicle."""
     engine = create_engine(bundle, "auto", threads)
-    wanted, rig, passed = arguments.frame, None, 0
-    with console.status("reading the drive") as status:
+    wanted, passed = arguments.frame, 0
+
+    def frames() -> Iterator[EngineInput]:
         for frame in image_sets(arguments, bundle):
-            if frame.rig is not rig:
-                rig = frame.rig
-                engine.calibrate(rig)
             engine.keep_field = wanted in (str(passed), frame.name)
-            prediction = engine.infer(frame.images, frame.previous_from_current)
+            yield frame
+
+    with console.status("reading the drive") as status:
+        for frame, prediction in predictions(engine, frames()):
             if engine.keep_field:
                 return frame.name, prediction.field_features
             passed += 1

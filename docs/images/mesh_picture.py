@@ -4,7 +4,6 @@
 python docs/images/mesh_picture.py
 """
 
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 from occflownet_core.mesh import extract_mesh
 from occflownet_core.picture import View, draw_mesh, draw_voxels, stacked, titled
 from occflownet_core.runtime.bundle import load_bundle
+from occflownet_core.runtime.drive import predictions
 from occflownet_core.runtime.factory import create_engine
 from occflownet_core.runtime.field_query import FieldQuery
 from occflownet_ros.engine_inputs import bag_inputs
@@ -24,11 +24,8 @@ COLORS = 128
 
 bundle = load_bundle(share_path("demo", "bundle"))
 engine = create_engine(bundle, "onnxruntime", threads=1)
-engine.keep_field, prediction = True, None
-for number, inputs in enumerate(islice(bag_inputs(share_path("demo", "bag"), bundle), FRAME + 1)):
-    if number == 0:
-        engine.calibrate(inputs.rig)
-    prediction = engine.infer(inputs.images, inputs.previous_from_current)
+engine.keep_field = True
+*_, (_, prediction) = predictions(engine, bag_inputs(share_path("demo", "bag"), bundle, most=FRAME + 1))
 field = FieldQuery(bundle).field(prediction.field_features)
 mesh = extract_mesh(field, bundle.lift.grid, bundle.occupancy_threshold, LEVELS, closed=True)
 size_m = mesh.cells.grid.voxel_size_m

@@ -32,6 +32,10 @@ WEIGHTS = "weights.safetensors"
 FIELD_FEATURES = "field_features"
 """The output of the deployment graph that the graph of queries reads."""
 
+CPU, TENSORRT = "cpu", "tensorrt"
+TARGETS = (CPU, TENSORRT)
+"""What a graph in eight bits is made for."""
+
 _OPTIONAL = frozenset({FIELD_GRAPH, WEIGHTS})
 _HASH_DIGITS_SHOWN = 12
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from occflownet_core.camera import CameraRig
 from occflownet_core.errors import BundleError
 from occflownet_core.evaluation import OccupancyEvaluation
 from occflownet_core.labels import FREE
 from occflownet_core.runtime.bundle import FIELD_FEATURES, Bundle
+from occflownet_core.runtime.drive import EngineInput
 from occflownet_core.runtime.engine import HALF, Engine, Prediction
 
 LARGEST_HALF = 65504.0
@@ -50,27 +50,6 @@ def worst(parities: Sequence[Parity]) -> Parity:
         min((parity.label_agreement for parity in parities), default=1.0),
         float(np.max([parity.probability_error for parity in parities], initial=0.0)),
     )
-
-
-@dataclass(frozen=True, eq=False)
-class EngineInput:
-    """One frame as an engine takes it.
-
-    Attributes:
-        name: of the frame, for people.
-        images: uint8 RGB [N, H, W, 3] at the bundle's size, in the bundle's order.
-        previous_from_current: [4, 4], or None where the memory begins anew.
-        rig: the cameras, before resizing.
-        truth: uint8 [X, Y, Z] labels, or None.
-        camera_mask: bool [X, Y, Z] of voxels that count, or None.
-    """
-
-    name: str
-    images: np.ndarray
-    previous_from_current: np.ndarray | None
-    rig: CameraRig
-    truth: np.ndarray | None = None
-    camera_mask: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,14 +34,21 @@ from onnx import ModelProto, NodeProto, version_converter
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from occflownet_core.errors import BundleError, DatasetError, EngineError
-from occflownet_core.runtime.bundle import FIELD_FEATURES, FIELD_GRAPH, GRAPH, Bundle, load_bundle, write_bundle
-from occflownet_core.runtime.comparison import EngineInput
+from occflownet_core.runtime.bundle import (
+    CPU,
+    FIELD_FEATURES,
+    FIELD_GRAPH,
+    GRAPH,
+    TARGETS,
+    TENSORRT,
+    Bundle,
+    load_bundle,
+    write_bundle,
+)
+from occflownet_core.runtime.drive import EngineInput, predictions
 from occflownet_core.runtime.half_precision import with_single_weights
 from occflownet_core.runtime.native_operators import opset, require_native
 from occflownet_core.runtime.onnx_engine import OnnxEngine
-
-CPU, TENSORRT = "cpu", "tensorrt"
-TARGETS = (CPU, TENSORRT)
 
 _LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _BETWEEN = ("Relu", "Clip", "Add", "MaxPool")
@@ -99,12 +106,8 @@ def recorded_feeds(bundle: Bundle, frames: Iterable[EngineInput], threads: int =
     Raises:
         EngineError, CalibrationError: the engine refuses a frame or its rig.
     """
-    engine, calibrated = _Recorder(bundle, threads), None
-    for frame in frames:
-        if frame.rig is not calibrated:
-            engine.calibrate(frame.rig)
-            calibrated = frame.rig
-        engine.infer(frame.images, frame.previous_from_current)
+    engine = _Recorder(bundle, threads)
+    for _ in predictions(engine, frames):
         yield engine.feeds
 
 

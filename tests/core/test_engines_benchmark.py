@@ -10,7 +10,8 @@ from benchmarks.encoder import model_config
 from benchmarks.engines import measure, rows_of
 from benchmarks.roofline import Peak, Work, best_s
 from occflownet_core.evaluation import OccupancyEvaluation
-from occflownet_core.runtime.comparison import EngineInput, EngineRecord, FrameDifference
+from occflownet_core.runtime.comparison import EngineRecord, FrameDifference
+from occflownet_core.runtime.drive import EngineInput
 from occflownet_core.runtime.onnx_engine import OnnxEngine
 from tests.core import graph_by_hand
 

@@ -16,17 +16,16 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from occflownet_core.errors import BundleError, DatasetError, EngineError  # noqa: E402
 from occflownet_core.runtime.bundle import load_bundle, write_bundle  # noqa: E402
-from occflownet_core.runtime.comparison import EngineInput, require_same_sizes  # noqa: E402
+from occflownet_core.runtime.comparison import require_same_sizes  # noqa: E402
+from occflownet_core.runtime.drive import EngineInput  # noqa: E402
 from occflownet_core.runtime.half_precision import to_half  # noqa: E402
 from occflownet_core.runtime.native_operators import require_native  # noqa: E402
 from occflownet_core.runtime.quantisation import (  # noqa: E402
-    TARGETS,
     layers_to_quantise,
     quantise_bundle,
     quantised,
     recorded_feeds,
 )
-from occflownet_ros import quantise_tool  # noqa: E402
 from tests.core import graph_by_hand  # noqa: E402
 
 WEIGHT = np.array([[1.27, -0.64], [0.0127, 0.0064]], np.float32)
@@ -283,7 +282,6 @@ def test_what_cannot_be_quantised_is_refused_before_anything_runs(tmp_path):
         quantise_bundle(bundle, frames(1), "gpu", tmp_path / "out", "test")
     with pytest.raises(BundleError, match="exists already"):
         quantise_bundle(bundle, frames(1), "cpu", tmp_path, "test")
-    assert quantise_tool.TARGETS == TARGETS
 
 
 def test_bundles_of_other_sizes_are_not_compared(tmp_path):

@@ -18,6 +18,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import ColorRGBA, Header
 from visualization_msgs.msg import Marker, MarkerArray
 
+from benchmarks.outputs import obvious_mesh
 from occflownet_core.errors import ImageError
 from occflownet_core.grid import OCC3D_GRID, VoxelGrid
 from occflownet_core.labels import CLASS_NAMES, COLORS_RGB, FREE
@@ -103,17 +104,12 @@ def test_marker_bytes_are_as_long_as_rclpys_own():
 
 
 def slow_mesh_marker(mesh: Mesh) -> Marker:
-    """The slow, obvious twin: one corner after another."""
-    header = Header(stamp=Time(sec=STAMP_NS // 10**9, nanosec=STAMP_NS % 10**9), frame_id="base_link")
-    action = Marker.ADD if len(mesh.triangles) else Marker.DELETE
-    marker = Marker(header=header, ns="mesh", id=0, type=Marker.TRIANGLE_LIST, action=action)
-    marker.pose, marker.scale = Pose(orientation=Quaternion(w=1.0)), Vector3(x=1.0, y=1.0, z=1.0)
+    """The slow, obvious twin, with all that a marker has beside its corners."""
+    marker = obvious_mesh(mesh)
+    stamp = Time(sec=STAMP_NS // 10**9, nanosec=STAMP_NS % 10**9)
+    marker.header, marker.pose = Header(stamp=stamp, frame_id="base_link"), Pose(orientation=Quaternion(w=1.0))
+    marker.action = Marker.ADD if len(mesh.triangles) else Marker.DELETE
     marker.color = ColorRGBA(r=1.0, g=1.0, b=1.0, a=1.0)
-    for corner in mesh.triangles.ravel().tolist():
-        x, y, z = mesh.vertices_m[corner].tolist()
-        red, green, blue = (COLORS_RGB[mesh.labels[corner]] / 255.0).tolist()
-        marker.points.append(Point(x=x, y=y, z=z))
-        marker.colors.append(ColorRGBA(r=red, g=green, b=blue, a=1.0))
     return marker
 
 

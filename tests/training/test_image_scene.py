@@ -46,14 +46,27 @@ def looking(y_m: float, x_m: float = 0.0, image_from_ego: np.ndarray = AHEAD) ->
     return np.concatenate([rotated, -rotated @ np.array([[x_m], [y_m], [0.0]])], axis=1)
 
 
+def blank_views(image_from_ego: np.ndarray, times: np.ndarray) -> Views:
+    """Black images without sources."""
+    count = len(times)
+    return Views(
+        torch.zeros((count, HEIGHT_PX, WIDTH_PX, 3), dtype=torch.uint8),
+        torch.from_numpy(image_from_ego),
+        torch.from_numpy(times),
+        torch.zeros(count, dtype=torch.int64),
+        torch.zeros(count, dtype=torch.int64),
+        torch.full((count, 1), -1),
+    )
+
+
 def test_sources_are_those_that_see_the_same_from_elsewhere():
     behind = AHEAD @ np.diag([-1.0, -1.0, 1.0])
-    views = np.stack(
+    projections = np.stack(
         [looking(0), looking(0.1), looking(1.0), looking(3.0), looking(0, image_from_ego=behind), looking(-1.0)]
     )
     times = np.array([0, 0, 0, 1, 0, 3])
     # Not itself, not from a hand's breadth away, not looking back, not three keyframes later; the nearer one sees more.
-    found = source_views(views, times, WIDTH_PX, HEIGHT_PX, 3)
+    found = source_views(blank_views(projections, times), 3)
     assert found[0].tolist() == [2, 3, -1]
     assert found[4].tolist() == [-1, -1, -1]
 
@@ -101,14 +114,8 @@ def wall_log() -> ImageScene:
         images.append((255 * brightness).astype(np.uint8)[..., None].repeat(3, axis=2))
     projections = np.stack([looking(y) for y in y_m])
     times = np.arange(1, 6)
-    views = Views(
-        torch.from_numpy(np.stack(images)),
-        torch.from_numpy(projections),
-        torch.from_numpy(times),
-        torch.zeros(5, dtype=torch.int64),
-        torch.zeros(5, dtype=torch.int64),
-        torch.from_numpy(source_views(projections, times, WIDTH_PX, HEIGHT_PX, 4)),
-    )
+    views = replace(blank_views(projections, times), images=torch.from_numpy(np.stack(images)))
+    views = replace(views, sources=source_views(views, 4))
     grid = VoxelGrid((0.0, -4.0, -2.4), (8.0, 4.0, 2.4), 0.4)
     scene = Scene((), np.eye(4), grid, Rays.empty(), MovingBoxes.empty(), grid)
     return ImageScene(scene, views, MovingBoxes.empty())

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from occflownet_core.camera import Camera
+from occflownet_core.camera import CameraRig
+from occflownet_core.camera_matrices import CameraMatrices
 from occflownet_core.errors import DatasetError, ImageError
 from occflownet_core.preprocess import ImageTransform
 from occflownet_core.views import Views
@@ -57,55 +59,50 @@ def load_views(
     """
     images, projections, times, cameras = [], [], [], []
     for time, (keyframe, frame_from_ego) in sorted(frames.items()):
-        for c, camera in enumerate(keyframe.rig()):
-            transform = ImageTransform.fit(camera.width_px, camera.height_px, width_px, height_px)
-            images.append(load_image(keyframe, c, transform))
-            projections.append(projection(transform.camera(camera), frame_from_ego))
-            times.append(time)
-            cameras.append(c)
+        rig = keyframe.rig()
+        fits = [ImageTransform.fit(camera.width_px, camera.height_px, width_px, height_px) for camera in rig]
+        images += [load_image(keyframe, c, fit) for c, fit in enumerate(fits)]
+        seen = CameraRig(tuple(fit.camera(camera) for camera, fit in zip(rig, fits, strict=True)))
+        matrices = CameraMatrices.of(seen).in_frame(np.linalg.inv(frame_from_ego))
+        projections.append(matrices.image_from_ego[:, :3])
+        times += [time] * len(rig)
+        cameras += range(len(rig))
         on_keyframe()
-    image_from_frame, time_index = np.stack(projections), np.array(times)
-    return Views(
+    views = Views(
         torch.from_numpy(np.stack(images)),
-        torch.from_numpy(image_from_frame),
-        torch.from_numpy(time_index),
+        torch.from_numpy(np.concatenate(projections)),
+        torch.tensor(times),
         torch.tensor(cameras),
         torch.zeros(len(times), dtype=torch.int64),
-        torch.from_numpy(source_views(image_from_frame, time_index, width_px, height_px, sources)),
+        torch.full((len(times), sources), -1),
     )
+    return replace(views, sources=source_views(views, sources))
 
 
-def projection(camera: Camera, frame_from_ego: np.ndarray) -> np.ndarray:
-    """[3, 4]: from points of the frame to (u, v, 1) times depth in the camera's image."""
-    return camera.intrinsic @ np.linalg.inv(frame_from_ego @ camera.ego_from_camera)[:3]
-
-
-def source_views(
-    image_from_frame: np.ndarray, time_index: np.ndarray, width_px: int, height_px: int, sources: int
-) -> np.ndarray:
+def source_views(views: Views, sources: int) -> torch.Tensor:
     """Which views to compare each view with: those that see the largest share of what it sees at 5 to 40 m.
 
     Args:
-        image_from_frame: [V, 3, 4]; time_index: [V].
-        width_px, height_px: of all views.
+        views: all images; the sources that they have are not read.
         sources: number of them.
 
     Returns:
         int64 [V, sources], the best first; -1 where there is none at least half a metre and at most two
         keyframes away that sees 5 % of it.
     """
-    inverse = np.linalg.inv(image_from_frame[:, :, :3])
-    centre_m = -(inverse @ image_from_frame[:, :, 3:])[..., 0]
+    height_px, width_px = views.images.shape[1:3]
+    image_from_ego, time_index = views.image_from_ego.numpy(), views.time_index.numpy()
+    inverse, centre_m = views.ego_from_pixel.numpy(), views.centre_m.numpy()
     u, v = np.meshgrid(_PROBE_COLUMNS * width_px, _PROBE_ROWS * height_px)
     pixel = np.stack([u.ravel(), v.ravel(), np.ones(u.size)], axis=1)
-    share = np.zeros((len(inverse), len(inverse)))
-    for i in range(len(inverse)):
+    share = np.zeros((len(views), len(views)))
+    for i in range(len(views)):
         ahead_m = np.concatenate([depth_m * (pixel @ inverse[i].T) for depth_m in _PROBE_DEPTHS_M])
-        at = (centre_m[i] + ahead_m) @ image_from_frame[:, :, :3].transpose(0, 2, 1) + image_from_frame[:, None, :, 3]
+        at = (centre_m[i] + ahead_m) @ image_from_ego[:, :, :3].transpose(0, 2, 1) + image_from_ego[:, None, :, 3]
         at_px = at[..., :2] / np.maximum(at[..., 2:], 1e-3)
         share[i] = ((at[..., 2] > 0) & (at_px >= 0).all(-1) & (at_px < (width_px, height_px)).all(-1)).mean(axis=1)
         apart = np.linalg.norm(centre_m - centre_m[i], axis=1) >= _LEAST_BASELINE_M
         share[i] *= apart & (np.abs(time_index - time_index[i]) <= _KEYFRAMES_APART)
     best = np.argsort(-share, axis=1, kind="stable")[:, :sources]
     found = np.where(np.take_along_axis(share, best, axis=1) >= _LEAST_SHARE, best, -1)
-    return np.pad(found, ((0, 0), (0, sources - found.shape[1])), constant_values=-1)
+    return torch.from_numpy(np.pad(found, ((0, 0), (0, sources - found.shape[1])), constant_values=-1))
