@@ -2,7 +2,7 @@
 """What tests of a running node share."""
 
 import pytest
-from ros_processes import Vehicle
+from ros_processes import NodeProcess, Vehicle
 
 
 @pytest.fixture(scope="module")
@@ -11,3 +11,17 @@ def vehicle():
     vehicle = Vehicle()
     yield vehicle
     vehicle.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failed test shows what its processes said: what went wrong between processes may not come twice."""
+    report = yield
+    if report.failed:
+        for node in NodeProcess.unclosed:
+            title = f"node {node.process.pid}, exit status {node.process.poll()}"
+            report.sections.append((title, node.log_path.read_text(errors="replace")))
+        vehicle = item.funcargs.get("vehicle")
+        if isinstance(vehicle, Vehicle):
+            report.sections.append(("diagnostics that the vehicle heard last", vehicle.diagnostics_text()))
+    return report

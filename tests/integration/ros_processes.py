@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -69,8 +70,12 @@ class NodeProcess:
     Args:
         log: file for its output.
         values: parameters.
-        entry: module to run.
+
+    Attributes:
+        unclosed: all that were started and not closed, so that a failed test can say what they said.
     """
+
+    unclosed: ClassVar[list[NodeProcess]] = []
 
     def __init__(self, log: Path, **values: object) -> None:
         arguments = [sys.executable, "-m", "occflownet_ros.node", "--ros-args"]
@@ -82,6 +87,7 @@ class NodeProcess:
             self.process = subprocess.Popen(
                 arguments, cwd=ROOT, env=ros_environment(), stdout=output, stderr=subprocess.STDOUT
             )
+        self.unclosed.append(self)
 
     @property
     def log(self) -> str:
@@ -95,6 +101,8 @@ class NodeProcess:
         return time.monotonic() - begun_s
 
     def close(self) -> None:
+        if self in self.unclosed:
+            self.unclosed.remove(self)
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             try:
@@ -197,6 +205,11 @@ class Vehicle:
                 values = {value.key: value.value for value in status.values}
                 return {**values, "level": status.level, "message": status.message}
         return {}
+
+    def diagnostics_text(self) -> str:
+        """The newest diagnostics of the node, a line for each status."""
+        newest = self.diagnostics[-1].status if self.diagnostics else ()
+        return "\n".join(f"{s.name}: {s.message} {({v.key: v.value for v in s.values})}" for s in newest)
 
     def close(self) -> None:
         self.executor.shutdown()
