@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import numpy as np
 
 from benchmarks.camera_streams import ANCHOR
 from occflownet_core.errors import OccflownetError
+from occflownet_ros.private_graph import use_private_graph
 from occflownet_ros.replay import (
     DIAGNOSTICS_PERIOD_S,
     OUTPUTS,
@@ -135,8 +135,7 @@ def put_under_load(
     Raises:
         OccflownetError: a process failed; with its last words.
     """
-    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    os.environ.setdefault("ROS_DOMAIN_ID", str(random.randrange(120, 200)))
+    use_private_graph()
     os.environ.update(process_environment())
     load = Load(seconds=seconds)
     node = NodeProcess({**parameters, "image_transport": transport}, logs / "node.log")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import random
 import signal
 import struct
 import subprocess
@@ -51,6 +50,7 @@ from occflownet_core.runtime.field_query import FieldQuery
 from occflownet_ros import conversions
 from occflownet_ros.engine_inputs import bag_inputs
 from occflownet_ros.parameters import Settings
+from occflownet_ros.private_graph import use_private_graph
 from occflownet_ros.publishers import Outputs
 from occflownet_ros.replay import process_environment
 from occflownet_ros.share import share_path
@@ -320,8 +320,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    os.environ.setdefault("ROS_DOMAIN_ID", str(random.randrange(120, 200)))
+    use_private_graph()
     rclpy.init()
     try:
         rows, notes = figures(options.rounds)

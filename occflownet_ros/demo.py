@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import sys
 import time
 from pathlib import Path
@@ -24,10 +23,10 @@ from occflownet_core.occupancy_frame import OccupancyFrame
 from occflownet_core.runtime.bundle import Bundle, load_bundle
 from occflownet_ros.ground_truth import score
 from occflownet_ros.parameters import EVERY_SET
+from occflownet_ros.private_graph import use_private_graph
 from occflownet_ros.share import share_path
 
 _PICTURE_WIDTH_PX = 1614
-_DOMAINS = range(120, 200)
 
 console = Console(highlight=False)
 
@@ -60,8 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     # rclpy is imported late: the transport's environment must stand before.
     from occflownet_ros.replay import process_environment, replay_bag
 
-    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    os.environ.setdefault("ROS_DOMAIN_ID", str(random.choice(_DOMAINS)))  # away from a vehicle's own graph
+    use_private_graph()
     os.environ.update(process_environment())
     started_s = time.monotonic()
     with console.status(f"playing {bag.name} through the node"):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
 import sys
 import time
@@ -23,6 +22,7 @@ from occflownet_core.errors import DatasetError, OccflownetError
 from occflownet_core.labels import FREE
 from occflownet_ros.evaluation_table import print_report
 from occflownet_ros.ground_truth import evaluate_keyframes, total
+from occflownet_ros.private_graph import use_private_graph
 from occflownet_ros.replay_plan import LOCKSTEP, REALTIME, Plan, make_plan
 from occflownet_ros.report import content
 from occflownet_ros.report.page import PageFrame, build_page
@@ -30,7 +30,6 @@ from occflownet_ros.report.page import PageFrame, build_page
 if TYPE_CHECKING:
     from occflownet_ros.replay import Replay
 
-_DOMAINS = range(120, 200)
 _OURS = {"report.json", "report.html", "node.log", "labels", "calibration.yaml"}
 
 _HELP_END = """
@@ -163,8 +162,7 @@ def _replay(plan: Plan, out: Path, answer_timeout_s: float) -> Replay:
     from occflownet_ros.lockstep import replay_lockstep
     from occflownet_ros.replay import process_environment, replay_bag
 
-    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    os.environ.setdefault("ROS_DOMAIN_ID", str(random.choice(_DOMAINS)))  # away from a vehicle's own graph
+    use_private_graph()
     os.environ.update(process_environment())
     if plan.mode == LOCKSTEP:
         complete = sum(keyframe.is_complete for keyframe in plan.keyframes)

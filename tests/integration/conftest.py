@@ -1,8 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of a running node share."""
 
+import os
+
 import pytest
 from ros_processes import NodeProcess, Vehicle
+
+from occflownet_ros.private_graph import private_domain
+
+
+@pytest.fixture(scope="module")
+def graph_environment():
+    """A ROS graph of the module's own, for what reads the environment."""
+    before = dict(os.environ)
+    os.environ.update({"ROS_DOMAIN_ID": str(private_domain()), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"})
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -27,13 +27,13 @@ from sensor_msgs.msg import CameraInfo, CompressedImage
 from occflownet_core import poses
 from occflownet_core.camera import Camera, CameraRig
 from occflownet_ros import conversions
+from occflownet_ros.private_graph import private_domain
 
 ROOT = Path(__file__).resolve().parents[2]
 CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT")
 YAW_DEG = (55, 0, -55, -110, 180, 110)
 WIDTH_PX, HEIGHT_PX = 1600, 900
-# One domain per test process, so that runs side by side do not hear each other; below 101, as Linux's ports ask for.
-DOMAIN_ID = 1 + os.getpid() % 100
+DOMAIN_ID = private_domain()
 
 
 def ros_environment() -> dict[str, str]:
@@ -209,7 +209,7 @@ class Vehicle:
     def diagnostics_text(self) -> str:
         """The newest diagnostics of the node, a line for each status."""
         newest = self.diagnostics[-1].status if self.diagnostics else ()
-        return "\n".join(f"{s.name}: {s.message} {({v.key: v.value for v in s.values})}" for s in newest)
+        return "\n".join(f"{s.name}: {s.message} { ({v.key: v.value for v in s.values}) }" for s in newest)
 
     def close(self) -> None:
         self.executor.shutdown()

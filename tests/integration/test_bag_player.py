@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """bag_player as its own process over DDS: what a subscriber in this process receives, and when."""
 
-import itertools
 import os
 import signal
 import subprocess
@@ -31,6 +30,7 @@ from std_msgs.msg import Header  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
 from occflownet_ros import nuscenes_messages as messages  # noqa: E402
+from occflownet_ros.private_graph import private_domain  # noqa: E402
 
 pytestmark = pytest.mark.integration
 
@@ -38,8 +38,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 START_NS = 1_532_402_927_000_000_000
 PERIOD_NS = 50_000_000
 IMAGES = 12
-# Domains up to 100 keep clear of the ports that Linux gives to clients.
-DOMAINS = itertools.count(20 + os.getpid() % 60)
 
 
 def qos(durability: QosDurability = QosDurability.VOLATILE) -> Qos:
@@ -121,7 +119,7 @@ class Listener:
 
 @pytest.fixture
 def listener(monkeypatch):
-    domain = next(DOMAINS)
+    domain = private_domain()
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     context = rclpy.Context()
     rclpy.init(context=context, domain_id=domain, signal_handler_options=SignalHandlerOptions.NO)
@@ -326,7 +324,7 @@ def test_nobody_listens(bag, listener):
 )
 def test_bad_input_gets_one_sentence(bag, arguments, sentence):
     arguments = [bag if a == "BAG" else a for a in arguments]
-    with player(next(DOMAINS), *arguments) as process:
+    with player(private_domain(), *arguments) as process:
         code, _, err = finished(process)
     assert code == 2
     assert sentence in err

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real nuScenes keyframes through the whole path: data root -> bag -> player -> DDS -> node -> labels."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +12,6 @@ pytest.importorskip("rclpy")
 pytest.importorskip("nuscenes")
 
 KEYFRAMES = {"scene-0061": 1, "scene-0103": 2}
-
-
-@pytest.fixture(scope="module")
-def graph_environment():
-    """A ROS graph of our own on this machine alone."""
-    before = dict(os.environ)
-    os.environ.update({"ROS_DOMAIN_ID": "87", "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"})
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def keyframes_of(root, scene_name):

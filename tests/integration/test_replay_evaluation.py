@@ -7,7 +7,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -20,23 +19,11 @@ from occflownet_core.runtime.bundle import load_bundle
 from occflownet_ros.share import share_path
 
 pytest.importorskip("rclpy", reason="rclpy is not installed (extra 'ros')")
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900), pytest.mark.usefixtures("graph_environment")]
 
 BUNDLE = share_path("demo", "bundle")
 # A busy machine draws in software and loads models slowly; on an idle one each test takes seconds.
 PATIENT_S = 240.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def graph_environment():
-    """A ROS graph of our own on this machine alone."""
-    before = dict(os.environ)
-    os.environ.update(
-        {"ROS_DOMAIN_ID": str(1 + (os.getpid() + 50) % 100), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
-    )
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def evaluate(bag: Path, out: Path, *options: str) -> dict:

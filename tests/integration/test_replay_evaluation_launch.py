@@ -13,6 +13,8 @@ import pytest
 from ros_launch import launch_command, skip_unless_built
 from ros_processes import ros_environment
 
+from occflownet_ros.private_graph import private_domain
+
 pytest.importorskip("launch_ros", reason="launch_ros comes with a ROS installation and is not installed here")
 pytestmark = pytest.mark.integration
 
@@ -32,7 +34,7 @@ def launch(**arguments) -> str:
 
 def test_evaluates_the_demo_drive_and_ends(tmp_path):
     # Faster than the machine can follow: what is tested here is the launch, not the model.
-    said = launch(out=tmp_path / "out", mode="realtime", rate="20", domain_id="98")
+    said = launch(out=tmp_path / "out", mode="realtime", rate="20", domain_id=private_domain())
     assert f"see {tmp_path / 'out' / 'report.html'}" in said
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["mode"]["name"], report["mode"]["rate"]) == ("realtime", 20.0)

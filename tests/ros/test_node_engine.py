@@ -18,10 +18,11 @@ from occflownet_core.runtime import cuda_device, tensorrt_build
 from occflownet_ros.core_log import core_messages
 from occflownet_ros.node import OccflownetNode
 from occflownet_ros.parameters import ParameterError, Settings
+from occflownet_ros.private_graph import private_domain
 from tests.core.graph_by_hand import hand_made_graph, write
 from tests.core.nvidia_twins import CudaTwin, TensorRTTwin
 
-DOMAIN_ID = 218
+DOMAIN_ID = private_domain()
 
 
 @pytest.fixture
