@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import socket
 import sys
+from pathlib import Path
 
 from occflownet_core.errors import OccflownetError
 
@@ -16,6 +18,8 @@ _DOMAINS = range(1, 102)
 _FIRST_PORT, _PORTS_PER_DOMAIN, _METATRAFFIC = 7400, 250, 10
 _PARTICIPANTS = 10
 """DDSI-RTPS 9.6.1.1: participant k of domain d listens on UDP port 7400 + 250 d + 10 + 2 k."""
+
+_SHARED_MEMORY = Path("/dev/shm")
 
 _reservations: list[socket.socket] = []
 
@@ -37,7 +41,8 @@ def private_domain() -> int:
     Raises:
         OccflownetError: every domain is in use.
     """
-    for domain in random.sample(_DOMAINS, len(_DOMAINS)):
+    soiled = _soiled_domains()
+    for domain in sorted(random.sample(_DOMAINS, len(_DOMAINS)), key=soiled.__contains__):
         if _is_quiet(domain) and _reserve(domain):
             return domain
     raise OccflownetError(
@@ -55,6 +60,12 @@ def _is_quiet(domain: int) -> bool:
             except OSError:
                 return False
     return True
+
+
+def _soiled_domains() -> set[int]:
+    """Domains in which a process was killed: Fast DDS's shared-memory ports stay, and may keep who comes next from hearing."""
+    ports = (re.fullmatch(r"fastdds_port(\d+)", path.name) for path in _SHARED_MEMORY.glob("fastdds_port*"))
+    return {(int(port[1]) - _FIRST_PORT) // _PORTS_PER_DOMAIN for port in ports if port}
 
 
 def _reserve(domain: int) -> bool:

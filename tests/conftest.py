@@ -1,16 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures that several rooms share."""
 
+import os
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+from occflownet_ros.private_graph import use_private_graph
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def graph_environment():
+    """A ROS graph of the module's own, in the environment of this process."""
+    before = dict(os.environ)
+    for name in ("ROS_DOMAIN_ID", "ROS_AUTOMATIC_DISCOVERY_RANGE"):
+        os.environ.pop(name, None)
+    use_private_graph()
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

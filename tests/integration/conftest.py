@@ -1,26 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of a running node share."""
 
-import os
-
 import pytest
 from ros_processes import NodeProcess, Vehicle
 
-from occflownet_ros.private_graph import private_domain
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_graph(graph_environment):
+    """Whoever was killed in a module leaves its graph soiled; no other module is to be in it."""
 
 
 @pytest.fixture(scope="module")
-def graph_environment():
-    """A ROS graph of the module's own, for what reads the environment."""
-    before = dict(os.environ)
-    os.environ.update({"ROS_DOMAIN_ID": str(private_domain()), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"})
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
-def vehicle():
+def vehicle(graph_environment):
     """The drivers' side of a module's graph; modules whose vehicle is another one have a fixture of their own."""
     vehicle = Vehicle()
     yield vehicle

@@ -27,19 +27,17 @@ from sensor_msgs.msg import CameraInfo, CompressedImage
 from occflownet_core import poses
 from occflownet_core.camera import Camera, CameraRig
 from occflownet_ros import conversions
-from occflownet_ros.private_graph import private_domain
+from occflownet_ros.private_graph import use_private_graph
 
 ROOT = Path(__file__).resolve().parents[2]
 CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT")
 YAW_DEG = (55, 0, -55, -110, 180, 110)
 WIDTH_PX, HEIGHT_PX = 1600, 900
-DOMAIN_ID = private_domain()
 
 
 def ros_environment() -> dict[str, str]:
-    """Set up this process for a private graph, and return the same for children."""
-    os.environ["ROS_DOMAIN_ID"] = str(DOMAIN_ID)
-    os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+    """Set up this process for a private graph, the module's where it has one, and return the same for children."""
+    use_private_graph()
     os.environ["FASTDDS_DEFAULT_PROFILES_FILE"] = str(ROOT / "config" / "fastdds.xml")
     return os.environ.copy()
 
@@ -123,7 +121,7 @@ class Vehicle:
     def __init__(self, cameras: Sequence[str] = CAMERAS, size_px: tuple[int, int] = (WIDTH_PX, HEIGHT_PX)) -> None:
         ros_environment()
         self.context = Context()
-        rclpy.init(context=self.context, domain_id=DOMAIN_ID)
+        rclpy.init(context=self.context)
         self.node = Node("test_vehicle", context=self.context)
         self.executor = SingleThreadedExecutor(context=self.context)
         self.cameras, self._size_px = tuple(cameras), size_px

@@ -22,7 +22,7 @@ from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from ros_processes import DOMAIN_ID, ROOT, Vehicle, jpeg, ring_rig, ros_environment
+from ros_processes import ROOT, Vehicle, jpeg, ring_rig, ros_environment
 from sensor_msgs.msg import CompressedImage
 
 from occflownet_core.camera import CameraRig
@@ -70,7 +70,7 @@ class ActiveNode:
     def __init__(self, calibration_file) -> None:
         ros_environment()
         self._context = Context()
-        rclpy.init(context=self._context, domain_id=DOMAIN_ID)
+        rclpy.init(context=self._context)
         values = {
             "bundle": str(ROOT / "demo" / "bundle"),
             "calibration_file": str(calibration_file),

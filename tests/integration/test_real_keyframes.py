@@ -30,7 +30,7 @@ def keyframes_of(root, scene_name):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("scene_name", KEYFRAMES)
-def test_every_keyframes_labels_come_back(scene_name, nuscenes_real_root, tiny_bundle, tmp_path, graph_environment):
+def test_every_keyframes_labels_come_back(scene_name, nuscenes_real_root, tiny_bundle, tmp_path):
     from occflownet_core.runtime.bundle import load_bundle
     from occflownet_core.runtime.factory import create_engine
     from occflownet_ros.nuscenes_to_bag import main as nuscenes_to_bag

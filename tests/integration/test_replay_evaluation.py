@@ -19,7 +19,7 @@ from occflownet_core.runtime.bundle import load_bundle
 from occflownet_ros.share import share_path
 
 pytest.importorskip("rclpy", reason="rclpy is not installed (extra 'ros')")
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900), pytest.mark.usefixtures("graph_environment")]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 BUNDLE = share_path("demo", "bundle")
 # A busy machine draws in software and loads models slowly; on an idle one each test takes seconds.

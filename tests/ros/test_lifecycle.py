@@ -22,7 +22,7 @@ from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from ros_processes import DOMAIN_ID, Vehicle, ros_environment
+from ros_processes import Vehicle, ros_environment
 from sensor_msgs.msg import CompressedImage
 from std_msgs.msg import Float64, UInt8MultiArray
 
@@ -57,10 +57,10 @@ class Footprint:
 
 
 @pytest.fixture(scope="module")
-def context():
+def context(graph_environment):
     ros_environment()
     context = Context()
-    rclpy.init(context=context, domain_id=DOMAIN_ID)
+    rclpy.init(context=context)
     yield context
     rclpy.shutdown(context=context)
 

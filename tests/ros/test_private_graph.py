@@ -32,6 +32,14 @@ def test_a_domain_that_somebody_is_in_is_left_alone(few_domains):
             private_domain()
 
 
+def test_a_domain_in_which_a_process_was_killed_is_the_last_choice(few_domains, monkeypatch, tmp_path):
+    monkeypatch.setattr(private_graph, "_SHARED_MEMORY", tmp_path)
+    (tmp_path / "fastdds_port32911").touch()  # its user traffic; and other files that are there
+    (tmp_path / "sem.fastdds_port33161_mutex").touch()
+    (tmp_path / "fastdds_port33161_el").touch()
+    assert [private_domain(), private_domain()] == [103, 102]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reserved by abstract sockets, which Linux alone has")
 def test_no_domain_is_given_twice_while_its_process_lives(few_domains, monkeypatch):
     first = {private_domain(), private_domain()}
