@@ -83,6 +83,7 @@ class FrameAssembler(Generic[T]):
         missing_cameras: what happens to a set that is incomplete at its deadline: ``drop`` it, or hand it on with the
             absent cameras empty (``mask``).
         now_s: monotonic clock, seconds.
+        on_unused: told each image as soon as it is clear that no set that is taken will have it.
 
     Attributes:
         images: outcome counters per camera (see ``IMAGE_OUTCOMES``), plus ``received``, and ``absent``: sets that
@@ -98,6 +99,7 @@ class FrameAssembler(Generic[T]):
         deadline_ms: float,
         missing_cameras: str,
         now_s: Callable[[], float],
+        on_unused: Callable[[T], object] = lambda image: None,
     ) -> None:
         self.max_diff_ms = max_diff_ms
         self.deadline_ms = deadline_ms
@@ -106,6 +108,7 @@ class FrameAssembler(Generic[T]):
         self.sets: Counter[str] = Counter()
         self._anchor_camera = anchor
         self._now_s = now_s
+        self._on_unused = on_unused
         self._waiting: list[deque[_Waiting[T]]] = [deque() for _ in range(cameras)]
         self._newest_ns: list[int | None] = [None] * cameras
         self._intervals_ns: list[deque[int]] = [deque(maxlen=_REMEMBERED_INTERVALS) for _ in range(cameras)]
@@ -122,6 +125,7 @@ class FrameAssembler(Generic[T]):
         newest_ns = self._newest_ns[camera]
         if newest_ns is not None and stamp_ns <= newest_ns:
             self.images[camera]["duplicate" if stamp_ns == newest_ns else "out_of_order"] += 1
+            self._on_unused(image)
             return
         if newest_ns is not None:
             self._intervals_ns[camera].append(stamp_ns - newest_ns)
@@ -232,12 +236,12 @@ class FrameAssembler(Generic[T]):
             self._forget(camera, waiting)
         if image_set.missing and self.missing_cameras == DROP:
             self.sets["dropped"] += 1
-            self._count(image_set, "incomplete")
+            self._give_up(image_set, "incomplete")
             return
         self.sets["masked" if image_set.missing else "complete"] += 1
         if self._ready is not None:
             self.sets["superseded"] += 1
-            self._count(self._ready, "superseded")
+            self._give_up(self._ready, "superseded")
         self._ready = image_set
 
     def _forget(self, camera: int, chosen: _Waiting[T] | None) -> None:
@@ -250,18 +254,25 @@ class FrameAssembler(Generic[T]):
         while waiting and waiting[0].stamp_ns < oldest_useful_ns:
             image = waiting.popleft()
             if image is not chosen:
-                self._discard(camera, image.stamp_ns)
+                self._discard(camera, image)
 
-    def _discard(self, camera: int, stamp_ns: int) -> None:
+    def _discard(self, camera: int, waiting: _Waiting[T]) -> None:
         missed_ns = self._missed_ns[camera]
-        is_late = missed_ns is not None and abs(stamp_ns - missed_ns) <= self.max_diff_ms * 1e6
+        is_late = missed_ns is not None and abs(waiting.stamp_ns - missed_ns) <= self.max_diff_ms * 1e6
         self.images[camera]["late" if is_late else "unmatched"] += 1
+        self._on_unused(waiting.image)
 
     def _make_room(self, camera: int) -> None:
         if camera == self._anchor_camera:
             self._close()
         else:
-            self._discard(camera, self._waiting[camera].popleft().stamp_ns)
+            self._discard(camera, self._waiting[camera].popleft())
+
+    def _give_up(self, image_set: ImageSet[T], outcome: str) -> None:
+        self._count(image_set, outcome)
+        for image in image_set.images:
+            if image is not None:
+                self._on_unused(image)
 
     def _count(self, image_set: ImageSet[T], outcome: str) -> None:
         for camera, stamp_ns in enumerate(image_set.stamps_ns):
@@ -280,9 +291,14 @@ class FrameAssembler(Generic[T]):
             self.sets["time_jumps"] += 1
         for other in range(len(self._waiting)) if camera == self._anchor_camera else (camera,):
             # Cameras that jumped before the anchor did already wait with images of the new time: those stay.
-            kept = [w for w in self._waiting[other] if other != camera and w.stamp_ns - stamp_ns <= TIME_JUMP_NS]
-            self.images[other]["cleared"] += len(self._waiting[other]) - len(kept)
-            self._waiting[other] = deque(kept)
+            kept: deque[_Waiting[T]] = deque()
+            for waiting in self._waiting[other]:
+                if other != camera and waiting.stamp_ns - stamp_ns <= TIME_JUMP_NS:
+                    kept.append(waiting)
+                else:
+                    self.images[other]["cleared"] += 1
+                    self._on_unused(waiting.image)
+            self._waiting[other] = kept
             self._missed_ns[other] = None
         self._newest_ns[camera] = None
         self._intervals_ns[camera].clear()

@@ -48,6 +48,11 @@ class _Arrival:
     view: _View | None = None
     decoded: Future | None = None
 
+    def give_up(self) -> None:
+        """Nobody will ask for it: what waits to be decoded before it must not wait for it."""
+        if self.decoded is not None:
+            self.decoded.cancel()
+
 
 @dataclass(frozen=True)
 class _View:
@@ -127,6 +132,7 @@ class Pipeline:
             settings.deadline_ms,
             settings.missing_cameras,
             clock_s,
+            on_unused=_Arrival.give_up,
         )
         self._clock_s = clock_s
         self._poses = PoseBuffer(settings.odom_max_gap_ms)

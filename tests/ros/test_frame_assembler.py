@@ -21,9 +21,9 @@ class Clock:
         return self.now_s
 
 
-def make(cameras=3, max_diff_ms=60.0, deadline_ms=100.0, missing=DROP):
+def make(cameras=3, max_diff_ms=60.0, deadline_ms=100.0, missing=DROP, **more):
     clock = Clock()
-    return FrameAssembler(cameras, 0, max_diff_ms, deadline_ms, missing, clock), clock
+    return FrameAssembler(cameras, 0, max_diff_ms, deadline_ms, missing, clock, **more), clock
 
 
 def test_nuscenes_sweeps_come_out_one_by_one():
@@ -113,6 +113,26 @@ def test_newest_set_wins():
     assert assembler.sets["superseded"] == 2
 
 
+def test_images_that_no_set_will_have_are_handed_back_at_once():
+    unused = []
+    assembler, clock = make(cameras=2, on_unused=unused.append)
+    for camera, stamp, image in [
+        (0, 0, "a0"),
+        (1, 0, "b0"),
+        (1, 0, "b0 again"),
+        (1, 50 * MS, "b between"),
+        (0, PERIOD, "a1"),
+    ]:
+        assembler.add(camera, stamp, image)
+    assert unused == ["b0 again"]
+    assembler.add(1, PERIOD, "b1")
+    assert unused == ["b0 again", "b between", "a0", "b0"]  # of no sweep; of a set that the next one replaced
+    assert assembler.take().images == ("a1", "b1")
+    assembler.add(0, 2 * PERIOD, "a2")
+    clock.now_s += 0.2
+    assert assembler.take() is None and unused[4:] == ["a2"]  # of a set that stayed incomplete
+
+
 def test_duplicates_and_overtaken_images_are_counted():
     assembler, _ = make(cameras=1)
     for stamp in (5 * MS, 5 * MS, 4 * MS, 6 * MS):
@@ -167,7 +187,8 @@ streams = st.lists(
 
 @given(streams, st.sampled_from([DROP, MASK]), st.sampled_from([5.0, 45.0, 200.0]))
 def test_invariants_over_random_streams(stream, missing, max_diff_ms):
-    assembler, clock = make(max_diff_ms=max_diff_ms, missing=missing)
+    unused = []
+    assembler, clock = make(max_diff_ms=max_diff_ms, missing=missing, on_unused=unused.append)
     received, taken = [0, 0, 0], []
     for camera, stamp_ms, delay_s, takes in stream:
         clock.now_s += delay_s
@@ -191,6 +212,10 @@ def test_invariants_over_random_streams(stream, missing, max_diff_ms):
         in_ready = assembler.ready is not None and assembler.ready.stamps_ns[camera] is not None
         accounted = sum(counters[outcome] for outcome in IMAGE_OUTCOMES) + assembler.waiting(camera) + in_ready
         assert accounted == counters["received"] == received[camera]
+        assert (
+            sum(image[0] == camera for image in unused)
+            == accounted - counters["used"] - assembler.waiting(camera) - in_ready
+        )
     sets = assembler.sets
     assert sets["taken"] == len(taken)
     assert sets["complete"] + sets["masked"] == sets["taken"] + sets["superseded"] + (assembler.ready is not None)

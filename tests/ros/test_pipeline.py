@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import threading
 import time
 from dataclasses import replace
 
@@ -296,6 +297,32 @@ def test_images_of_sets_that_a_busy_engine_will_skip_are_not_decoded(make, monke
     assert counts.sets["superseded"] == 7 and counts.sets["processed"] == 3
     assert decoded == [0, 0, 1, 1, 9, 9]
     assert [frame.stamp_ns // MS for frame in it.outputs.frames] == [100, 150, 550]
+
+
+def test_images_of_sets_that_newer_ones_replaced_are_not_decoded_before_those(make, monkeypatch):
+    """One decoder, held up by the first image: of four sets the first is at hand and the last is next."""
+    decoded, go_on = [], threading.Event()
+    plain = conversions.network_image
+
+    def slow(image, *more):
+        go_on.wait(5.0)
+        decoded.append(int(image.format))
+        return plain(image, *more)
+
+    monkeypatch.setattr(conversions, "network_image", slow)
+    it = make(decode_threads=1)
+    it.pipeline.set_rig(rig())
+    it.until(lambda: it.engine.rigs)
+    for number in range(4):
+        pair = message(10), message(20)
+        for image in pair:
+            image.format = str(number)
+        it.sweep(100 * (1 + number), *pair)
+        if number == 0:
+            it.until(lambda: it.pipeline.report().sets["taken"] == 1)
+    go_on.set()
+    it.until(lambda: len(it.outputs.frames) == 2)
+    assert decoded == [0, 0, 3, 3]
 
 
 def test_anchor_by_name():
