@@ -177,7 +177,7 @@ class ProgressReport(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if trainer.is_global_zero and metrics:
-            score = pl_module.config.supervision.score
+            score = pl_module.config.score
             self._validation = f"  val {score} {100 * metrics.get(f'val/{score}', float('nan')):.2f} %"
             text = "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
             self.console.print(f"validation at step {trainer.global_step}: {text}", soft_wrap=True)

@@ -132,7 +132,7 @@ def make_trainer(config: TrainingConfig, data: OccupancyData) -> pl.Trainer:
         Pictures(data.validation_rig, settings.picture_steps),
         RunLength(settings.max_minutes),
         LastCheckpoint(out, settings.checkpoint_steps),
-        best_checkpoint(out, f"val/{config.supervision.score}"),
+        best_checkpoint(out, f"val/{config.score}"),
     ]
     if config.optimizer.ema_decay:
         callbacks.append(AveragedWeights(config.optimizer.ema_decay))

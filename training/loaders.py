@@ -74,9 +74,9 @@ class ResumableLoader(DataLoader):
 
 
 def ray_source(config: TrainingConfig, root: str) -> RaySource | None:
-    """The labelled rays that a run asks for, of one data root; None where it learns from images alone."""
+    """The labelled rays that a run asks for, of one data root; None where it learns from images or voxels alone."""
     data, pseudo = config.data, config.data.pseudo
-    if config.supervision.kind == "photometric":
+    if not (config.supervision.renders or config.reads_pixel_labels):
         return None
     if data.rays == "pseudo":
         return PseudoLabelRays(root, pseudo.depth, pseudo.label, pseudo.depth_unit_m, pseudo.stride)

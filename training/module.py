@@ -145,12 +145,12 @@ class OccupancyLearner(pl.LightningModule):
         )
 
     def on_validation_epoch_end(self) -> None:
-        """Scores of all processes together, at the threshold with the best mIoU (``supervision.score``)."""
+        """Scores of all processes together, at the threshold with the best mIoU (``TrainingConfig.score``)."""
         counts = torch.from_numpy(self.validation_sweep.confusion_matrices()).to(self.device)
         if self.trainer.world_size > 1:
             counts = self.all_gather(counts).sum(dim=0)
         each = [VoxelScores.of(matrix) for matrix in counts.cpu().numpy()]
-        score = self.config.supervision.score
+        score = self.config.score
         best = max(range(len(each)), key=lambda i: np.nan_to_num(getattr(each[i], score), nan=-1.0))
         scores = each[best]
         self.scores = {

@@ -122,11 +122,6 @@ class SupervisionSettings:
         return self.kind in ("2d", "2d3d")
 
     @property
-    def score(self) -> Literal["miou", "geometric_iou"]:
-        """What the best weights and threshold are chosen by: where no label says of which class things are, by shape."""
-        return "geometric_iou" if self.kind == "photometric" else "miou"
-
-    @property
     def reads_voxels(self) -> bool:
         """Whether ground-truth voxels are labels."""
         return self.kind in ("3d", "2d3d")
@@ -267,6 +262,13 @@ class TrainingConfig:
             raise ConfigError("supervision.kind is 'images', which makes no field; set photometric's weights to 0")
         if self.photometric.is_used and not self.model.field.color:
             raise ConfigError("photometric terms need a field that predicts colour; set model.field.color: true")
+
+    @property
+    def score(self) -> Literal["miou", "geometric_iou"]:
+        """What the best weights and threshold are chosen by: where no label says of which class things are, by shape."""
+        kind = self.supervision.kind
+        knows_no_class = kind == "photometric" or (kind == "3d" and not self.losses.voxel_semantic_weight)
+        return "geometric_iou" if knows_no_class else "miou"
 
     @property
     def reads_pixel_labels(self) -> bool:

@@ -32,7 +32,7 @@ from training.fit import fit  # noqa: E402
 from training.image_scene import ImageScene, fit_to_images  # noqa: E402
 from training.loaders import OccupancyData  # noqa: E402
 from training.scene import Scene, median_range_m  # noqa: E402
-from training.settings import TrainingConfig  # noqa: E402
+from training.settings import SupervisionSettings, TrainingConfig  # noqa: E402
 from training.voxel_fitting import FitSettings  # noqa: E402
 
 WIDTH_PX, HEIGHT_PX, FOCAL_PX = 96, 64, 60.0
@@ -213,6 +213,17 @@ def test_no_lidar_is_read_for_it(tiny_root, tmp_path):
     data = OccupancyData(photometric_run(tmp_path, tiny_root.path), SimpleNamespace())
     (dataset,) = data.train.datasets
     assert dataset.source is None and dataset.sources == 4 and dataset.horizon == 2 and dataset.boxes
+
+
+def test_voxels_fitted_to_photographs_are_labels_without_classes_and_without_lidar(tiny_root, tmp_path):
+    config = photometric_run(tmp_path, tiny_root.path)
+    assert config.score == "geometric_iou"
+    by_voxels = replace(config, supervision=SupervisionSettings("3d"))
+    assert by_voxels.score == "miou"
+    shapes = replace(by_voxels, losses=replace(config.losses, voxel_semantic_weight=0.0))
+    assert shapes.score == "geometric_iou"
+    (dataset,) = OccupancyData(shapes, SimpleNamespace()).train.datasets
+    assert dataset.source is None
 
 
 @pytest.mark.parametrize(
