@@ -53,6 +53,7 @@ bench: $(STAMPS)-test
 	$(BIN)/python -m benchmarks.outputs --out out/bench
 	$(BIN)/python -m benchmarks.data --out out/bench
 	$(BIN)/python -m benchmarks.rendering --out out/bench
+	$(BIN)/python -m benchmarks.surface --out out/bench
 	$(BIN)/python -m benchmarks.mesh --out out/bench
 	$(BIN)/python -m benchmarks.encoder --out out/bench
 	$(BIN)/python -m benchmarks.engines --out out/bench

@@ -170,23 +170,17 @@ def run(arguments: argparse.Namespace) -> int:
         density, logits = street()
         np.savez(path, density=density, logits=logits)
         common = [
-            "--rays",
-            str(arguments.rays),
             "--repeats",
             str(arguments.repeats),
             "--threads",
             str(arguments.threads),
-        ]
-        fit = [
-            "--dataroot",
-            str(arguments.dataroot),
-            "--keyframe",
-            str(arguments.keyframe),
-            "--steps",
-            str(arguments.steps),
+            "--rays",
+            str(arguments.rays),
         ]
         jobs = [(key, [*common, "--field", str(path)]) for key in METHODS if key != "points"]
-        jobs += [(key, [*common, *fit]) for key in METHODS]
+        if arguments.dataroot:
+            fit = ["--dataroot", str(arguments.dataroot), "--keyframe", str(arguments.keyframe)]
+            jobs += [(key, [*common, *fit, "--steps", str(arguments.steps)]) for key in METHODS]
         for key, options in track(jobs, "volume and surface", transient=True):
             command = [sys.executable, "-m", "benchmarks.surface", "--measure", key, *options]
             finished = subprocess.run(command, capture_output=True, text=True)
@@ -194,31 +188,47 @@ def run(arguments: argparse.Namespace) -> int:
                 raise OccflownetError(f"measuring '{METHODS[key].name}' failed: {finished.stderr.strip()[-300:]}")
             results[key] |= json.loads(finished.stdout)
     show(results)
+    details = {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "methods": results}
+    publish("volume and surface rendering", figures(results), arguments.out / "surface.json", details)
+    return 0
+
+
+def figures(results: dict[str, dict]) -> list[Figure]:
+    """Surface rendering against volumes: of a training step, and of fits where there are any."""
     ours, theirs, exact = (results[key] for key in ("surface", "sampled", "traversal"))
-    figures = [
+    found = [
         Figure("share of peak memory", ours["peak_mb"] / theirs["peak_mb"], MOST_MEMORY, "x", "goal, at most"),
         Figure("peak memory", ours["peak_mb"], theirs["peak_mb"], "MB", "volume, sampled"),
         Figure("peak memory", ours["peak_mb"], exact["peak_mb"], "MB", "volume, traversal"),
         Figure("kept for backward", ours["stored_mb"], theirs["stored_mb"], "MB", "volume, sampled"),
         Figure("CPU time per step", 1e3 * ours["cpu_seconds"], 1e3 * theirs["cpu_seconds"], "ms", "volume, sampled"),
         Figure("CPU time per step", 1e3 * ours["cpu_seconds"], 1e3 * exact["cpu_seconds"], "ms", "volume, traversal"),
-        Figure("median error", ours["surface"]["median_m"], exact["median"]["median_m"], "m", "traversal, its median"),
-        Figure("within 0.4 m", ours["surface"]["within"][1], exact["median"]["within"][1], "", "the same", True),
     ]
-    details = {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "methods": results}
-    publish("volume and surface rendering", figures, arguments.out / "surface.json", details)
-    return 0
+    if "surface" not in ours:
+        return found
+    mine, median = ours["surface"], exact["median"]
+    return [
+        *found,
+        Figure("median error", mine["median_m"], median["median_m"], "m", "traversal, its median"),
+        Figure("within 0.4 m", mine["within"][1], median["within"][1], "", "the same", True),
+    ]
 
 
 def show(results: dict[str, dict]) -> None:
-    """Print a table of steps, and one of what was learned."""
+    """Print a table of steps, and one of what was learned where anything was."""
     steps = Table(title="a training step, 200 x 200 x 16 cells", title_justify="left")
     for heading in ("", "CPU ms", "steps / CPU s", "peak MB", "kept for backward MB"):
         steps.add_column(heading, justify="left" if not heading else "right")
     for key, result in results.items():
         if "peak_mb" in result:
             cells = (1e3 * result["cpu_seconds"], 1 / result["cpu_seconds"], result["peak_mb"], result["stored_mb"])
-            steps.add_row(METHODS[key].name, *(f"{cell:.3g}" for cell in cells))
+            steps.add_row(METHODS[key].name, *(f"{cell:,.0f}" if cell >= 100 else f"{cell:.3g}" for cell in cells))
+    Console().print(steps)
+    if any("surface" in result for result in results.values()):
+        Console().print(_fits(results))
+
+
+def _fits(results: dict[str, dict]) -> Table:
     learned = Table(title="fields fitted to one keyframe, asked about held-out rays", title_justify="left")
     headings = (
         "",
@@ -243,8 +253,7 @@ def show(results: dict[str, dict]) -> None:
                     *(f"{100 * share:.0f} %" for share in shares),
                     f"{result['steps_per_cpu_second']:.1f}",
                 )
-    for table in (steps, learned):
-        Console().print(table)
+    return learned
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -254,7 +263,9 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--dataroot", type=Path, help="data set in the nuScenes format, one of whose keyframes is fitted"
+        "--dataroot",
+        type=Path,
+        help="data set in the nuScenes format, one of whose keyframes is fitted (default: only steps are measured)",
     )
     parser.add_argument("--keyframe", type=int, default=20, help="which one (default %(default)s)")
     parser.add_argument("--steps", type=int, default=96, help="of the fit, 4,096 rays each (default %(default)s)")
@@ -267,8 +278,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--measure", choices=sorted(METHODS), help=argparse.SUPPRESS)
     parser.add_argument("--field", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if not arguments.field and not arguments.dataroot:
-        parser.error("--dataroot is missing: one of its keyframes is fitted")
     try:
         if not arguments.measure:
             return run(arguments)

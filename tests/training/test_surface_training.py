@@ -106,6 +106,28 @@ def test_a_step_of_every_method_is_measured(tmp_path):
     assert 0 < kept["surface"] < kept["sampled"] / 4
 
 
+def test_figures_are_ratios_to_volumes_and_of_fits_only_where_there_are_any(capsys):
+    steps = {
+        key: {"cpu_seconds": s, "peak_mb": mb, "stored_mb": mb / 2}
+        for key, s, mb in (("sampled", 8.0, 1000.0), ("traversal", 0.4, 200.0), ("surface", 0.6, 100.0))
+    }
+    found = surface.figures({**steps, "points": {}})
+    assert [(f.name, f.ratio) for f in found[:3]] == [
+        ("share of peak memory", pytest.approx(0.1 / surface.MOST_MEMORY)),
+        ("peak memory", pytest.approx(0.1)),
+        ("peak memory", pytest.approx(0.5)),
+    ]
+    surface.show({**steps, "points": {}})
+    said = capsys.readouterr().out
+    assert "8,000" in said and "held-out" not in said
+    errors = {"median_m": 0.1, "p90_m": 1.0, "within": [0.5, 0.6, 0.7], "missed": 0.0, "hit_nothing": 0.1}
+    fits = {"surface": errors, "median": errors, "steps_per_cpu_second": 2.0}
+    both = {key: {**steps.get(key, {}), **fits} for key in surface.METHODS}
+    assert [f.name for f in surface.figures(both)[6:]] == ["median error", "within 0.4 m"]
+    surface.show(both)
+    assert "held-out" in capsys.readouterr().out
+
+
 def test_the_benchmark_refuses_in_one_sentence(tmp_path, capsys):
     assert surface.main(["--measure", "surface", "--dataroot", str(tmp_path / "none")]) == 2
     error = capsys.readouterr().err
