@@ -81,6 +81,10 @@ class LiftSpec:
         """Depth as the network's bins count it, of true depth [...] seen by a camera of the given focal length."""
         return np.asarray(depth_m) * (self.reference_focal_px / focal_px if self.reference_focal_px else 1.0)
 
+    def bin_depths_m(self, focal_px: float) -> np.ndarray:
+        """True depth [D] of the bins' centres for a camera of the given focal length."""
+        return self.depth_bins.centres_m() / self.network_depth_m(1.0, focal_px)
+
 
 @dataclass(frozen=True)
 class LiftTables:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Photometric supervision: what a field says must look alike in every image that sees it. No LiDAR, no labels.
 
-Two terms, for volumes and surfaces alike. *Matching*: the patch around a pixel, moved to where its ray ends, must be
+Two terms of the field, for volumes and surfaces alike. *Matching*: the patch around a pixel, moved to where its ray ends, must be
 found in the images of other moments and cameras (Monodepth2, arXiv 1806.01260, eq. 1 to 4). A volume pays for every
 place where a ray may end, by its weight (SelfOcc, arXiv 2311.12754, section 3.3): a cost at many distances has no local
 minimum to be caught in, as a gradient through one distance has. *Colour*: the field has one at every point, and what
-is rendered of it must be the pixel's (NeRF, arXiv 2003.08934, eq. 6; DVR, arXiv 1912.07372, eq. 1).
+is rendered of it must be the pixel's (NeRF, arXiv 2003.08934, eq. 6; DVR, arXiv 1912.07372, eq. 1). And one of the image
+encoder, whose depth distributions are matched as volumes are: a cheap start, as LiDAR in single images is for the others.
 
-Both hold for what stands still. Pixels whose rays cross a box that moves are left out (``motion.StillWorld``).
+All hold for what stands still. Pixels whose rays cross a box that moves are left out (``motion.StillWorld``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from occflownet_core.errors import ConfigError
 from occflownet_core.grid import VoxelGrid
 from occflownet_core.motion import StaticWorld
 from occflownet_core.renderer import Rays, RenderConfig, RenderedRays, render
-from occflownet_core.views import PixelRays, Views
+from occflownet_core.views import EncoderPixels, PixelRays, Views
 from occflownet_core.voxel_field import Field
 
 PATCH_STEP_PX = 2
@@ -42,6 +43,7 @@ class PhotometricConfig:
 
     Attributes:
         matching_weight: of the dissimilarity between a pixel's patch and the views that see where its ray ends.
+        depth_weight: of the same dissimilarity, at the depths that the image encoder gives its pixels.
         color_weight: of the difference between rendered and seen colour; the field needs a colour head.
         pixels_per_step: rays that are drawn per batch.
         sources: other views that a pixel is looked for in, those that see the most of what its view sees.
@@ -49,13 +51,14 @@ class PhotometricConfig:
     """
 
     matching_weight: float = 0.0
+    depth_weight: float = 0.0
     color_weight: float = 0.0
     pixels_per_step: int = 2048
     sources: int = 4
     box_scale: float = 1.3
 
     def __post_init__(self) -> None:
-        for name in ("matching_weight", "color_weight"):
+        for name in ("matching_weight", "depth_weight", "color_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(
                     f"photometric.{name} is {getattr(self, name)}; give a finite weight, 0 leaves the term out"
@@ -69,6 +72,11 @@ class PhotometricConfig:
     @property
     def is_used(self) -> bool:
         """Whether images supervise at all."""
+        return self.asks_field or self.depth_weight > 0
+
+    @property
+    def asks_field(self) -> bool:
+        """Whether they supervise the field."""
         return max(self.matching_weight, self.color_weight) > 0
 
 
@@ -168,6 +176,42 @@ def draw_pixels(
     return pixels[motion.keeps(pixels.rays, grid)]
 
 
+def draw_encoder_pixels(
+    views: Views,
+    encoder: EncoderPixels,
+    shape: tuple[int, int, int, int],
+    size_px: tuple[int, int],
+    count: int,
+    generator: torch.Generator | None = None,
+) -> tuple[PixelRays, Tensor, Tensor]:
+    """At most ``count`` random pixels of the encoder's images that lie in the views of the same moment.
+
+    Args:
+        views: all of the samples', among them those of the current keyframe.
+        encoder: where pixels lie.
+        shape: B, N, h, w of the encoder's feature maps.
+        size_px: width and height of its images.
+        count: of pixels that are drawn (on the CPU).
+
+    Returns:
+        The pixels [R]; the image that each is of [R], of B * N; and its cell in the feature map [R], of h * w.
+    """
+    samples, cameras, rows, columns = shape
+    device, width_px, height_px = views.images.device, *size_px
+    image = torch.randint(samples * cameras, (count,), generator=generator).to(device)
+    at = torch.rand(count, 2, generator=generator, dtype=torch.float64).to(device)  # shares of width and height
+    pixel = torch.cat([at * at.new_tensor([width_px, height_px]), torch.ones_like(at[:, :1])], dim=1)
+    there = (encoder.view_from_image.flatten(0, 1)[image] @ pixel[..., None])[..., 0].floor() + 0.5
+    margin = PATCH_STEP_PX + 0.5
+    limits = there.new_tensor(views.images.shape[2:0:-1]) - margin
+    inside = ((there >= margin) & (there <= limits)).all(dim=1)
+    now = (views.time_index == 0).nonzero()[:, 0]
+    view = torch.full((samples * cameras,), -1, device=device)
+    view[views.batch_index[now] * cameras + views.camera_index[now]] = now
+    cell = (at[:, 1] * rows).long() * columns + (at[:, 0] * columns).long()
+    return PixelRays.through(views, view[image[inside]], there[inside]), image[inside], cell[inside]
+
+
 def photometric_losses(
     field: Field,
     views: Views,
@@ -255,6 +299,26 @@ def cost_beyond(matcher: PatchMatcher, far_m: Tensor, open_end: Tensor) -> tuple
     none = cost.new_full((len(far_m),), torch.inf)
     least = none.scatter_reduce(0, ray, torch.where(known, cost, torch.inf), "amin")
     return _RAISED_BEYOND * least.nan_to_num(posinf=0.0), least.isfinite()
+
+
+def depth_matching_loss(logits: Tensor, bin_depth_m: Tensor, matcher: PatchMatcher, pixels: PixelRays) -> Tensor:
+    """Mean dissimilarity over the depths that pixels may have, by their probability.
+
+    Bins whose place no other view sees cost what the pixel's bins cost on average.
+
+    Args:
+        logits: [R, D] over depth bins.
+        bin_depth_m: [R, D], depth along the camera's axis of the bins' centres.
+        matcher: of the pixels.
+        pixels: [R].
+    """
+    range_m = bin_depth_m / pixels.rays.axis_cosine[:, None]
+    ray = torch.arange(len(range_m), device=range_m.device)[:, None].expand_as(range_m)
+    with torch.no_grad():
+        cost, known = (part.view_as(range_m) for part in matcher.cost(ray.reshape(-1), range_m.reshape(-1)))
+        guess = cost.sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True).clamp(min=1)
+        cost = torch.where(known, cost, guess)
+    return (logits.softmax(dim=1) * cost).sum() / max(len(logits), 1)
 
 
 def surface_matching_loss(rendered: RenderedRays, matcher: PatchMatcher) -> Tensor:

@@ -78,6 +78,31 @@ class Views:
 
 
 @dataclass(frozen=True, eq=False)
+class EncoderPixels:
+    """Where the image encoder's pixels lie in the views of the same moment; B samples, N cameras.
+
+    Attributes:
+        view_from_image: [B, N, 2, 3] float64, from continuous pixels (u, v, 1) of the encoder's images, which may be
+            augmented, to those of the views.
+        bin_depth_m: [B, N, D] float32, depth along the camera's axis of each of its bins' centres.
+    """
+
+    view_from_image: Tensor
+    bin_depth_m: Tensor
+
+    @staticmethod
+    def cat(parts: list[EncoderPixels]) -> EncoderPixels:
+        """All samples of the parts."""
+        return EncoderPixels(
+            torch.cat([part.view_from_image for part in parts]), torch.cat([part.bin_depth_m for part in parts])
+        )
+
+    def to(self, device: torch.device | str) -> EncoderPixels:
+        """The same on another device."""
+        return EncoderPixels(self.view_from_image.to(device), self.bin_depth_m.to(device))
+
+
+@dataclass(frozen=True, eq=False)
 class PixelRays:
     """Rays through pixels of views.
 

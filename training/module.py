@@ -94,7 +94,7 @@ class OccupancyLearner(pl.LightningModule):
         generator = self.step_generator(batch_idx)
         keep = torch.rand(len(window[-1]), generator=generator) < self.config.data.memory_probability
         if self.config.supervision.kind == "images":
-            terms = self.objective.image_terms(self.observe(window), window[-1])
+            terms = self.objective.image_terms(self.observe(window), window[-1], generator)
         else:
             terms = self.objective(self(window, keep.to(self.device)), window[-1], generator)
         try:

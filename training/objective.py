@@ -25,9 +25,16 @@ from occflownet_core.losses import (
 )
 from occflownet_core.model import ModelOutput, ObservedImages
 from occflownet_core.motion import BoxFlow, DynamicFilter, LearnedFlow, StaticWorld, StillWorld, box_velocities
-from occflownet_core.photometric import draw_pixels, photometric_losses
+from occflownet_core.photometric import (
+    PatchMatcher,
+    depth_matching_loss,
+    draw_encoder_pixels,
+    draw_pixels,
+    photometric_losses,
+)
 from occflownet_core.point_losses import supervised_rays
 from occflownet_core.renderer import Rays
+from occflownet_core.views import Views
 from training.data.batch import OccupancyBatch
 from training.settings import MotionSettings, TrainingConfig
 
@@ -66,9 +73,9 @@ class Objective:
             terms |= self.ray_terms(output, batch, generator)
         if supervision.reads_voxels:
             terms |= self.voxel_terms(output, batch)
-        if self.config.photometric.is_used:
+        if self.config.photometric.asks_field:
             terms |= self.photometric_terms(output, batch, generator)
-        return terms | self.image_terms(output.seen, batch)
+        return terms | self.image_terms(output.seen, batch, generator)
 
     def ray_terms(self, output: ModelOutput, batch: OccupancyBatch, generator: torch.Generator) -> dict[str, Tensor]:
         """2D supervision: rays of several keyframes, rendered in the current field through the motion."""
@@ -103,16 +110,31 @@ class Objective:
         self, output: ModelOutput, batch: OccupancyBatch, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Supervision by images alone: pixels of several keyframes that see what stands still."""
-        if batch.views is None:
-            raise DatasetError(f"samples {', '.join(batch.tokens)} came without views, which photometric terms need")
-        settings, rendering = self.config.photometric, self.config.rendering.at(self.done)
-        still = self.config.motion.kind == "box_flow"
-        motion = StillWorld(required_boxes(batch), settings.box_scale) if still else StaticWorld()
-        pixels = draw_pixels(batch.views, settings.pixels_per_step, motion, self.render_grid, generator)
+        settings, rendering, views = self.config.photometric, self.config.rendering.at(self.done), required_views(batch)
+        pixels = draw_pixels(views, settings.pixels_per_step, self.still(batch), self.render_grid, generator)
         self.rays += len(pixels)
         return photometric_losses(
-            output.field.colored(), batch.views, pixels, self.render_grid, settings, rendering, generator
+            output.field.colored(), views, pixels, self.render_grid, settings, rendering, generator
         )
+
+    def depth_matching(self, seen: ObservedImages, batch: OccupancyBatch, generator: torch.Generator) -> Tensor:
+        """How badly pixels match other views at the depths that the image encoder gives them."""
+        views, logits = required_views(batch), seen.depth_logits
+        shape = (*logits.shape[:2], *logits.shape[3:])
+        size_px = (batch.images.shape[3], batch.images.shape[2])
+        count = self.config.photometric.pixels_per_step
+        pixels, image, cell = draw_encoder_pixels(views, batch.encoder_pixels, shape, size_px, count, generator)
+        still = self.still(batch).keeps(pixels.rays, self.render_grid)
+        pixels, image, cell = pixels[still], image[still], cell[still]
+        drawn = logits.flatten(0, 1).flatten(2)[image, :, cell]  # [R, D]
+        depth_m = batch.encoder_pixels.bin_depth_m.flatten(0, 1)[image]
+        return depth_matching_loss(drawn, depth_m, PatchMatcher(views, pixels), pixels)
+
+    def still(self, batch: OccupancyBatch) -> StaticWorld:
+        """What leaves out the pixels of what moves, where boxes say so."""
+        if self.config.motion.kind != "box_flow":
+            return StaticWorld()
+        return StillWorld(required_boxes(batch), self.config.photometric.box_scale)
 
     def voxel_terms(self, output: ModelOutput, batch: OccupancyBatch) -> dict[str, Tensor]:
         """3D supervision: ground-truth voxels."""
@@ -120,9 +142,12 @@ class Objective:
         density, logits = output.field.lattice(grid)
         return voxel_losses(density, logits, batch.labels, grid.voxel_size_m, batch.camera_mask, self.config.losses)
 
-    def image_terms(self, seen: ObservedImages, batch: OccupancyBatch) -> dict[str, Tensor]:
-        """LiDAR returns in the images, against depth distributions and classes; cells without a return do not count."""
+    def image_terms(self, seen: ObservedImages, batch: OccupancyBatch, generator: torch.Generator) -> dict[str, Tensor]:
+        """What supervises the image encoder by itself: LiDAR returns in the images, against depth distributions and classes
+        (cells without a return do not count), and depths that match other views."""
         losses, terms = self.config.losses, {}
+        if weight := self.config.photometric.depth_weight:
+            terms["depth_matching"] = weight * self.depth_matching(seen, batch, generator)
         if batch.depth_m is None:
             return terms
         if losses.depth_weight:
@@ -150,6 +175,17 @@ def make_motion(
     if settings.kind == "learned":
         return LearnedFlow(lambda points_m, batch_index: trilinear(velocity_mps, grid, points_m, batch_index))
     return BoxFlow(boxes, settings.box_scale, settings.require_class)
+
+
+def required_views(batch: OccupancyBatch) -> Views:
+    """The batch's views.
+
+    Raises:
+        DatasetError: it has none.
+    """
+    if batch.views is None:
+        raise DatasetError(f"samples {', '.join(batch.tokens)} came without views, which photometric terms need")
+    return batch.views
 
 
 def required_boxes(batch: OccupancyBatch) -> MovingBoxes:

@@ -249,7 +249,7 @@ class TrainingConfig:
 
     def _check_photometric(self) -> None:
         alone = self.supervision.kind == "photometric"
-        if alone and not self.photometric.is_used:
+        if alone and not self.photometric.asks_field:
             raise ConfigError(
                 "supervision.kind is 'photometric' and nothing is asked of images; set photometric.matching_weight: 1"
             )
@@ -258,9 +258,15 @@ class TrainingConfig:
                 f"supervision.kind is 'photometric', which has no LiDAR, and losses.depth_weight is {self.losses.depth_weight:g}, "
                 f"losses.image_semantic_weight {self.losses.image_semantic_weight:g}; set both to 0"
             )
-        if self.photometric.is_used and self.supervision.kind == "images":
-            raise ConfigError("supervision.kind is 'images', which makes no field; set photometric's weights to 0")
-        if self.photometric.is_used and not self.model.field.color:
+        if self.supervision.kind == "images" and not (self.reads_pixel_labels or self.photometric.is_used):
+            raise ConfigError(
+                "supervision.kind is 'images' and nothing is asked of them; set losses.depth_weight or photometric.depth_weight"
+            )
+        if self.photometric.asks_field and self.supervision.kind == "images":
+            raise ConfigError(
+                "supervision.kind is 'images', which makes no field; of photometric's weights leave depth_weight alone above 0"
+            )
+        if self.photometric.asks_field and not self.model.field.color:
             raise ConfigError("photometric terms need a field that predicts colour; set model.field.color: true")
 
     @property

@@ -21,14 +21,16 @@ from occflownet_core.photometric import (
     PhotometricConfig,
     bilinear,
     color_loss,
+    depth_matching_loss,
     dissimilarity,
+    draw_encoder_pixels,
     leaving_below,
     photometric_losses,
     surface_matching_loss,
     volume_matching_loss,
 )
 from occflownet_core.renderer import Rays, RenderConfig, RenderedRays, RenderSamples, render
-from occflownet_core.views import PixelRays, Views
+from occflownet_core.views import EncoderPixels, PixelRays, Views
 from occflownet_core.voxel_field import VoxelField
 
 WIDTH_PX, HEIGHT_PX, FOCAL_PX = 96, 64, 60.0
@@ -204,6 +206,56 @@ def test_a_volume_pays_for_every_place_by_its_weight():
     torch.testing.assert_close(weight.grad, torch.tensor([0.1 - 0.39, guess - 0.39, 0.4 - 0.39]))
 
 
+def test_an_encoder_pays_for_every_depth_by_its_probability():
+    views = wall_views(0.0, 1.5)
+    pixels = PixelRays.through(
+        views, torch.tensor([0]), torch.tensor([[48.0, 32.0]]).double()
+    )  # on the axis: depth is range
+    probability = torch.tensor([[0.2, 0.5, 0.3]])
+    logits = probability.log().requires_grad_()
+    loss = depth_matching_loss(logits, torch.tensor([[5.0, 8.0, 12.0]]), FixedCosts(), pixels)
+    # 0.1 at 5 m, 0.4 at 12 m, and at 8 m, where nobody looks, their mean.
+    assert loss.item() == pytest.approx(0.2 * 0.1 + 0.5 * 0.25 + 0.3 * 0.4)
+    loss.backward()
+    expected = probability * (torch.tensor([[0.1, 0.25, 0.4]]) - loss.item())
+    torch.testing.assert_close(logits.grad, expected)
+    slanted = PixelRays.through(views, torch.tensor([0]), torch.tensor([[48.0, 32.0 + 0.75 * FOCAL_PX]]).double())
+    # Its range is 5/4 of its depth: 5, 8 and 12 m are 6.25, 10 (unknown both) and 15 m away.
+    loss = depth_matching_loss(logits, torch.tensor([[5.0, 8.0, 12.0]]), FixedCosts(), slanted)
+    assert loss.item() == pytest.approx(0.3)
+
+
+def test_an_encoder_finds_the_depth_of_a_wall():
+    views = wall_views(0.0, 1.5, -1.5)
+    pixels = middle_pixels(views)
+    bins_m = torch.arange(2.0, 20.0, 1.0).expand(len(pixels), -1)
+    logits = torch.zeros(bins_m.shape, requires_grad=True)
+    depth_matching_loss(logits, bins_m, PatchMatcher(views, pixels), pixels).backward()
+    assert (bins_m.gather(1, logits.grad.argmin(dim=1, keepdim=True)) == WALL_M).float().mean() > 0.9
+
+
+def test_an_encoders_pixels_lie_where_the_views_have_them():
+    one = wall_views(0.0, 1.5)
+    now = replace(one, time_index=torch.zeros(2, dtype=torch.int64), camera_index=torch.tensor([1, 0]))
+    other = replace(one, time_index=torch.ones(2, dtype=torch.int64), batch_index=torch.zeros(2, dtype=torch.int64))
+    views = Views.cat([other, now])  # the second view of now is camera 0's
+    half = torch.tensor([[2.0, 0, 0], [0, 2.0, 0]]).double()  # the encoder's images are half as large
+    shifted = torch.tensor([[1.0, 0, 60.0], [0, 1.0, 0]]).double()
+    encoder = EncoderPixels(torch.stack([half, shifted])[None], torch.zeros(1, 2, 3))
+    size_px = (WIDTH_PX // 2, HEIGHT_PX // 2)
+    pixels, image, cell = draw_encoder_pixels(
+        views, encoder, (1, 2, 4, 6), size_px, 400, torch.Generator().manual_seed(0)
+    )
+    assert set(zip(image.tolist(), pixels.view.tolist(), strict=True)) == {(0, 3), (1, 2)}
+    first, second = pixels.pixel[image == 0], pixels.pixel[image == 1]
+    # Cells are 8 x 8 pixels, 16 x 16 in the first camera's view.
+    assert torch.equal(cell[image == 0], (first[:, 1] // 16 * 6 + first[:, 0] // 16).long())
+    assert torch.equal(cell[image == 1], (second[:, 1] // 8 * 6 + (second[:, 0] - 60) // 8).long())
+    assert len(first) > 150 and len(second) > 100  # of 200 each, without those whose patch leaves the view
+    for at in (first, second):
+        assert (at >= 2.5).all() and (at <= at.new_tensor([WIDTH_PX - 2.5, HEIGHT_PX - 2.5])).all()
+
+
 def test_only_the_sides_and_the_top_of_the_grid_are_open():
     directions = np.array([[1.0, 0, 0], [0, 0, 1.0], [0.6, 0, -0.8], [0.9950371902, 0, -0.0995037190]])
     rays = Rays.from_numpy(np.zeros((4, 3)), directions, np.full(4, np.inf), 17)
@@ -293,6 +345,7 @@ def test_pixels_that_see_into_a_moving_box_are_left_out():
     ("settings", "words"),
     [
         ({"matching_weight": -1.0}, "photometric.matching_weight is -1.0"),
+        ({"depth_weight": float("inf")}, "photometric.depth_weight is inf"),
         ({"color_weight": float("nan")}, "photometric.color_weight is nan"),
         ({"sources": 0}, "photometric.sources is 0; give at least 1"),
         ({"pixels_per_step": 0}, "photometric.pixels_per_step is 0"),

@@ -24,7 +24,7 @@ from occflownet_core.photometric import PhotometricConfig  # noqa: E402
 from occflownet_core.renderer import Rays, render  # noqa: E402
 from occflownet_core.views import PixelRays, Views  # noqa: E402
 from training import fit_scene  # noqa: E402
-from training.data.augment import GridFlip  # noqa: E402
+from training.data.augment import GridFlip, ImageDraw  # noqa: E402
 from training.data.dataset import NuScenesOccupancy  # noqa: E402
 from training.data.nuscenes import KeyframeIndex  # noqa: E402
 from training.data.views import load_views, source_views  # noqa: E402
@@ -35,6 +35,7 @@ from training.scene import Scene, median_range_m  # noqa: E402
 from training.settings import SupervisionSettings, TrainingConfig  # noqa: E402
 from training.voxel_fitting import FitSettings  # noqa: E402
 
+CONFIGS = Path(fit_scene.__file__).parent / "configs"
 WIDTH_PX, HEIGHT_PX, FOCAL_PX = 96, 64, 60.0
 AHEAD = np.array([[0.0, -1.0, 0.0], [0.0, 0.0, -1.0], [1.0, 0.0, 0.0]])  # image axes of a camera that looks along x
 
@@ -100,6 +101,26 @@ def test_a_flipped_sample_has_flipped_views(index):
     torch.testing.assert_close(mirrored.origin_m, expected.origin_m)
     torch.testing.assert_close(mirrored.direction, expected.direction)
     assert torch.equal(plain.sources, flipped.sources)
+
+
+@pytest.mark.parametrize("flip", [GridFlip(), GridFlip(x=True)])
+def test_the_encoders_pixels_show_what_the_views_show_there(index, flip):
+    """A point of the world, by the augmented camera in the encoder's image, and by the view's projection in the view."""
+    model = TrainingConfig.from_yaml(CONFIGS / "minicity_tiny_photometric.yaml").model
+    dataset = NuScenesOccupancy(index, 160, 90, model.lift_spec(16), sources=2, horizon=1)
+    rig = index[1].rig()
+    warps = [ImageDraw(0.1, 0.2, 0.05, mirrored).warp(320, 180, 160, 90) for mirrored in (False, True) * 3]
+    encoder, views = dataset._encoder_pixels(rig, warps), dataset._views(1, flip)
+    now = (views.time_index == 0).nonzero()[:, 0].tolist()
+    for c, (camera, warp) in enumerate(zip(rig, warps, strict=True)):
+        point_m = camera.unproject(np.array([[130.0, 95.0]]), np.array([9.0]))[0]
+        seen_px, _ = warp.camera(camera).project(point_m)
+        encoder_px = np.array([160 - seen_px[0] if warp.mirrored else seen_px[0], seen_px[1], 1.0])
+        at = views.image_from_ego[now[c]].numpy() @ flip.matrix(dataset.grid) @ np.append(point_m, 1.0)
+        np.testing.assert_allclose(encoder.view_from_image[0, c].numpy() @ encoder_px, at[:2] / at[2], atol=1e-6)
+        # Bins of 0.8 m from 1 m on at the reference focal length; a longer lens brings things nearer, so they are further.
+        focal_px = warp.camera(camera).intrinsic[0, 0]
+        assert encoder.bin_depth_m[0, c, 2].item() == pytest.approx((1.0 + 2.5 * 0.8) * focal_px / 278.0, rel=1e-6)
 
 
 def wall_log() -> ImageScene:
@@ -186,9 +207,9 @@ def test_mistakes_get_a_sentence(tiny_root, tmp_path, capsys, more, sentence):
     assert sentence in capsys.readouterr().err
 
 
-def photometric_run(path: Path, root: Path) -> TrainingConfig:
+def photometric_run(path: Path, root: Path, name: str = "minicity_tiny_photometric.yaml") -> TrainingConfig:
     """The shipped configuration on the tiny root, two steps of few pixels."""
-    config = TrainingConfig.from_yaml(Path(fit_scene.__file__).parent / "configs" / "minicity_tiny_photometric.yaml")
+    config = TrainingConfig.from_yaml(CONFIGS / name)
     trainer = replace(
         config.trainer, out=str(path), max_steps=2, val_steps=2, val_samples=1, picture_steps=0, threads=1
     )
@@ -207,6 +228,16 @@ def test_the_shipped_configuration_trains_on_images_alone(tiny_root, tmp_path):
     assert metrics["train/matching"] > 0 and metrics["train/color"] > 0 and "train/range" not in metrics
     provenance = torch.load(tmp_path / "last.ckpt", weights_only=True)["provenance"]
     assert provenance["supervision"].startswith("images alone (pixels in moving boxes left out, keyframes -2 to 2)")
+
+
+def test_its_image_encoder_may_learn_depths_from_images_first(tiny_root, tmp_path):
+    config = photometric_run(tmp_path, tiny_root.path, "minicity_tiny_photometric_images.yaml")
+    (dataset,) = OccupancyData(config, SimpleNamespace()).train.datasets
+    assert dataset.source is None
+    trainer = fit(config)
+    assert trainer.callback_metrics["train/depth_matching"] == trainer.callback_metrics["train/loss"] > 0
+    learned = {name for name, tensor in trainer.lightning_module.named_parameters() if tensor.grad is not None}
+    assert any(name.startswith("model.depth") for name in learned) and not any("field" in name for name in learned)
 
 
 def test_no_lidar_is_read_for_it(tiny_root, tmp_path):
@@ -235,7 +266,12 @@ def test_voxels_fitted_to_photographs_are_labels_without_classes_and_without_lid
             "which has no LiDAR, and losses.depth_weight",
         ),
         ({"photometric": {"matching_weight": 1.0}}, "set model.field.color: true"),
+        ({"supervision": {"kind": "photometric"}, "photometric": {"depth_weight": 1.0}}, "nothing is asked of images"),
         ({"supervision": {"kind": "images"}, "photometric": {"color_weight": 1.0}}, "which makes no field"),
+        (
+            {"supervision": {"kind": "images"}, "losses": {"depth_weight": 0.0, "image_semantic_weight": 0.0}},
+            "nothing is asked of them",
+        ),
     ],
 )
 def test_contradictions_are_refused(tmp_path, sections, sentence):

@@ -67,11 +67,19 @@ class ImageWarp:
 
     def pixels(self, source_pixel: np.ndarray) -> np.ndarray:
         """Continuous pixels [..., 2] of the network's image, of those of the image on disk."""
+        matrix = self.matrix()
+        return source_pixel @ matrix[:2, :2].T + matrix[:2, 2]
+
+    def matrix(self) -> np.ndarray:
+        """[3, 3], from continuous pixels (u, v, 1) of the image on disk to those of the network's."""
         t = self.transform
-        scale = np.array([t.resized_width_px / t.source_width_px, t.resized_height_px / t.source_height_px])
-        roll = self._roll()
-        pixel = (source_pixel * scale - (t.left_px, t.top_px)) @ roll[:, :2].T + roll[:, 2]
-        return np.stack([t.width_px - pixel[..., 0], pixel[..., 1]], axis=-1) if self.mirrored else pixel
+        resized, rolled, mirrored = np.eye(3), np.eye(3), np.eye(3)
+        resized[[0, 1], [0, 1]] = t.resized_width_px / t.source_width_px, t.resized_height_px / t.source_height_px
+        resized[:2, 2] = -t.left_px, -t.top_px
+        rolled[:2] = self._roll()
+        if self.mirrored:
+            mirrored[0] = -1, 0, t.width_px
+        return mirrored @ rolled @ resized
 
     def _roll(self) -> np.ndarray:
         """[2, 3], acting on continuous pixels of the cropped image."""

@@ -17,7 +17,7 @@ from occflownet_core.errors import DatasetError
 from occflownet_core.lift_tables import LiftTables
 from occflownet_core.renderer.rays import Rays
 from occflownet_core.splat_tables import SplatTables
-from occflownet_core.views import Views
+from occflownet_core.views import EncoderPixels, Views
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +46,7 @@ class OccupancySample:
         previous_from_current: [4, 4], this ego frame in the previous keyframe's; None at a window's or scene's start.
         rays: 2D supervision, or None where it was not asked for.
         views: images of the keyframes around this one, or None where they were not asked for.
+        encoder_pixels: where the pixels of ``images`` lie in the views of this keyframe; None without views.
         boxes: how annotated objects move between this keyframe and its neighbours, or None.
         depth_m: float32 [N, h, w], depth of the nearest return in each feature cell as the depth bins count it
             (``LiftSpec.network_depth_m``), 0 where there is none; or None.
@@ -63,6 +64,7 @@ class OccupancySample:
     previous_from_current: np.ndarray | None
     rays: Rays | None
     views: Views | None
+    encoder_pixels: EncoderPixels | None
     boxes: MovingBoxes | None
     depth_m: np.ndarray | None
     depth_label: np.ndarray | None
@@ -81,6 +83,7 @@ class OccupancyBatch:
         previous_from_current: [B, 4, 4] float32; the identity where there is no previous frame.
         has_previous: [B] bool; where False the network's memory must be cleared.
         rays, views, boxes: of all samples, told apart by their ``batch_index``; None where a sample has none.
+        encoder_pixels: where the pixels of ``images`` lie in views; None without views.
         depth_m, depth_label: [B, N, h, w] float32 and uint8, or None.
         labels: uint8 [B, X, Y, Z] or None, with camera_mask and lidar_mask, bool.
         frame_time_s: [B, 2 * horizon + 1] float32.
@@ -94,6 +97,7 @@ class OccupancyBatch:
     has_previous: Tensor
     rays: Rays | None
     views: Views | None
+    encoder_pixels: EncoderPixels | None
     boxes: MovingBoxes | None
     depth_m: Tensor | None
     depth_label: Tensor | None
@@ -128,7 +132,7 @@ def collate(windows: Sequence[Sequence[OccupancySample]]) -> list[OccupancyBatch
 
 def _stack(samples: Sequence[OccupancySample]) -> OccupancyBatch:
     motions = [np.eye(4) if s.previous_from_current is None else s.previous_from_current for s in samples]
-    occupancy = [s.occupancy for s in samples]
+    occupancy, pixels = [s.occupancy for s in samples], [s.encoder_pixels for s in samples]
     labelled = all(o is not None for o in occupancy)
 
     def stacked(arrays: Sequence[np.ndarray | None]) -> Tensor | None:
@@ -143,6 +147,7 @@ def _stack(samples: Sequence[OccupancySample]) -> OccupancyBatch:
         has_previous=torch.tensor([s.previous_from_current is not None for s in samples]),
         rays=_joined([s.rays for s in samples], Rays),
         views=_joined([s.views for s in samples], Views),
+        encoder_pixels=None if any(p is None for p in pixels) else EncoderPixels.cat(pixels),
         boxes=_joined([s.boxes for s in samples], MovingBoxes),
         depth_m=stacked([s.depth_m for s in samples]),
         depth_label=stacked([s.depth_label for s in samples]),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import Literal, TypeVar
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from occflownet_core import poses
@@ -18,8 +19,8 @@ from occflownet_core.grid import OCC3D_GRID, VoxelGrid
 from occflownet_core.labels import BOXED_CLASSES
 from occflownet_core.lift_tables import LiftSpec, LiftTables
 from occflownet_core.splat_tables import SplatTables
-from occflownet_core.views import Views
-from training.data.augment import Augmentation, AugmentationDraw, GridFlip, ImageWarp, warped_tables
+from occflownet_core.views import EncoderPixels, Views
+from training.data.augment import Augmentation, AugmentationDraw, GridFlip, ImageDraw, ImageWarp, warped_tables
 from training.data.batch import Occupancy, OccupancySample
 from training.data.nuscenes import Keyframe, KeyframeIndex, load_occupancy
 from training.data.rays import UNLABELLED, FrameRays, RayLimits, RaySource, temporal_rays
@@ -151,6 +152,7 @@ class NuScenesOccupancy(Dataset):
             previous_from_current=motion,
             rays=flip.rays(temporal_rays(frames, self.limits, self.max_rays, rng), self.grid) if frames else None,
             views=self._views(i, flip) if self.sources and supervised else None,
+            encoder_pixels=self._encoder_pixels(rig, warps) if self.sources and supervised else None,
             boxes=flip.boxes(moving_boxes(self.index, i, self.horizon), self.grid)
             if self.boxes and supervised
             else None,
@@ -177,6 +179,13 @@ class NuScenesOccupancy(Dataset):
             for offset, j in _neighbours(self.index, i, self.horizon)
         }
         return load_views(frames, self.image_width_px, self.image_height_px, self.sources)
+
+    def _encoder_pixels(self, rig: CameraRig, warps: list[ImageWarp]) -> EncoderPixels:
+        fits = [ImageDraw().warp(c.width_px, c.height_px, self.image_width_px, self.image_height_px) for c in rig]
+        matrices = [fit.matrix() @ np.linalg.inv(warp.matrix()) for fit, warp in zip(fits, warps, strict=True)]
+        focals_px = [warp.camera(camera).intrinsic[0, 0] for warp, camera in zip(warps, rig, strict=True)]
+        depths_m = np.stack([self.lift.bin_depths_m(focal_px) for focal_px in focals_px]).astype(np.float32)
+        return EncoderPixels(torch.from_numpy(np.stack(matrices)[None, :, :2]), torch.from_numpy(depths_m)[None])
 
     def _lift_tables(self, rig: CameraRig, warps: list[ImageWarp], flip: GridFlip) -> LiftTables | SplatTables:
         if self.augmentation:
