@@ -19,6 +19,7 @@ _SUPERVISION = {
     "2d": "2D labels only: {rays}, {motion}",
     "3d": "{voxels} only",
     "images": "2D labels of single images only: depth and class from {rays}",
+    "photometric_depth": "images alone, depths of their pixels ({pixels}, keyframes -{horizon} to {horizon})",
     "photometric": "images alone ({pixels}, keyframes -{horizon} to {horizon})",
     "2d3d": "2D labels ({rays}, {motion}) and {voxels}",
 }
@@ -49,6 +50,8 @@ def describe(
         start: the same of the run whose weights this one started from; None for a network made anew.
     """
     kind, trainer = config.supervision.kind, config.trainer
+    if kind == "images" and not config.reads_pixel_labels:
+        kind = "photometric_depth"
     motion = f"{_MOTION[config.motion.kind]}, keyframes -{config.data.horizon} to {config.data.horizon}"
     if config.data.horizon == 0:
         motion = "current keyframe only"
@@ -59,7 +62,7 @@ def describe(
     pixels = "pixels in moving boxes left out" if config.motion.kind == "box_flow" else "all pixels"
     words = {"rays": _RAYS[config.data.rays], "motion": motion, "voxels": voxels, "pixels": pixels}
     supervision = _SUPERVISION[kind].format(**words, horizon=config.data.horizon)
-    if config.photometric.is_used and kind != "photometric":
+    if config.photometric.is_used and not kind.startswith("photometric"):
         supervision += f", and photometric ({pixels})"
     return {
         "supervision": supervision,

@@ -237,6 +237,8 @@ def test_its_image_encoder_may_learn_depths_from_images_first(tiny_root, tmp_pat
     trainer = fit(config)
     assert trainer.callback_metrics["train/depth_matching"] == trainer.callback_metrics["train/loss"] > 0
     learned = {name for name, tensor in trainer.lightning_module.named_parameters() if tensor.grad is not None}
+    provenance = torch.load(tmp_path / "last.ckpt", weights_only=True)["provenance"]
+    assert provenance["supervision"].startswith("images alone, depths of their pixels (pixels in moving boxes left out")
     assert any(name.startswith("model.depth") for name in learned) and not any("field" in name for name in learned)
 
 
