@@ -13,6 +13,7 @@ All hold for what stands still. Pixels whose rays cross a box that moves are lef
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,8 @@ from occflownet_core.views import EncoderPixels, PixelRays, Views
 from occflownet_core.voxel_field import Field
 
 PATCH_STEP_PX = 2
+MATCHING_TEMPERATURE = 0.005
+"""Dissimilarity by which a depth is e times less likely to be a pixel's."""
 _PATCH = torch.tensor([[u, v] for v in (-1, 0, 1) for u in (-1, 0, 1)])
 _INFINITY_M = 1e5
 _STEPS_BEYOND = 8
@@ -302,9 +305,12 @@ def cost_beyond(matcher: PatchMatcher, far_m: Tensor, open_end: Tensor) -> tuple
 
 
 def depth_matching_loss(logits: Tensor, bin_depth_m: Tensor, matcher: PatchMatcher, pixels: PixelRays) -> Tensor:
-    """Mean dissimilarity over the depths that pixels may have, by their probability.
+    """Mean cross-entropy of pixels' depth distributions against where they match: a bin is the likelier the less dissimilar
+    other views are there, exp(-cost / ``MATCHING_TEMPERATURE``). Pixels that match everywhere alike tell nothing: each counts
+    by how much surer its matches are than a guess, 1 - entropy / ln D.
 
-    Bins whose place no other view sees cost what the pixel's bins cost on average.
+    Bins whose place no other view sees cost what the pixel's bins cost on average. (Paying for bins by their probability, as
+    volumes pay for places, moves a distribution only where it already is.)
 
     Args:
         logits: [R, D] over depth bins.
@@ -318,7 +324,10 @@ def depth_matching_loss(logits: Tensor, bin_depth_m: Tensor, matcher: PatchMatch
         cost, known = (part.view_as(range_m) for part in matcher.cost(ray.reshape(-1), range_m.reshape(-1)))
         guess = cost.sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True).clamp(min=1)
         cost = torch.where(known, cost, guess)
-    return (logits.softmax(dim=1) * cost).sum() / max(len(logits), 1)
+        target = (-cost / MATCHING_TEMPERATURE).softmax(dim=1)
+        sureness = 1 + torch.xlogy(target, target).sum(dim=1) / math.log(target.shape[1])
+    error = -(target * logits.log_softmax(dim=1)).sum(dim=1)
+    return (sureness * error).sum() / sureness.sum().clamp(min=_LEAST_WEIGHT)
 
 
 def surface_matching_loss(rendered: RenderedRays, matcher: PatchMatcher) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from occflownet_core import poses
+from occflownet_core import photometric, poses
 from occflownet_core.boxes import MovingBoxes
 from occflownet_core.camera import Camera
 from occflownet_core.errors import ConfigError, GeometryError
@@ -206,23 +206,23 @@ def test_a_volume_pays_for_every_place_by_its_weight():
     torch.testing.assert_close(weight.grad, torch.tensor([0.1 - 0.39, guess - 0.39, 0.4 - 0.39]))
 
 
-def test_an_encoder_pays_for_every_depth_by_its_probability():
+def test_an_encoders_depths_are_held_against_where_pixels_match(monkeypatch):
+    monkeypatch.setattr(photometric, "MATCHING_TEMPERATURE", 0.3)
     views = wall_views(0.0, 1.5)
-    pixels = PixelRays.through(
-        views, torch.tensor([0]), torch.tensor([[48.0, 32.0]]).double()
-    )  # on the axis: depth is range
-    probability = torch.tensor([[0.2, 0.5, 0.3]])
+    # One pixel on the axis, where depth is range; the range of the other is 5/4 of its depth.
+    at = torch.tensor([[48.0, 32.0], [48.0, 32.0 + 0.75 * FOCAL_PX]]).double()
+    pixels = PixelRays.through(views, torch.tensor([0, 0]), at)
+    probability = torch.tensor([[0.2, 0.5, 0.3]]).repeat(2, 1)
     logits = probability.log().requires_grad_()
-    loss = depth_matching_loss(logits, torch.tensor([[5.0, 8.0, 12.0]]), FixedCosts(), pixels)
-    # 0.1 at 5 m, 0.4 at 12 m, and at 8 m, where nobody looks, their mean.
-    assert loss.item() == pytest.approx(0.2 * 0.1 + 0.5 * 0.25 + 0.3 * 0.4)
+    loss = depth_matching_loss(logits, torch.tensor([[5.0, 8.0, 12.0]]).repeat(2, 1), FixedCosts(), pixels)
+    # The first: 0.1 at 5 m, 0.4 at 12 m, and at 8 m, where nobody looks, their mean: likely as 1 to e^-1 to e^-0.5. The other
+    # is unknown at 6.25 and 10 m and so, with 0.3 at 15 m, alike everywhere: it does not count.
+    likely = torch.tensor([1.0, math.exp(-0.5), math.exp(-1.0)])
+    target = likely / likely.sum()
+    assert loss.item() == pytest.approx(0.50648 * 1.60944 + 0.30720 * 0.69315 + 0.18632 * 1.20397, abs=1e-4)
     loss.backward()
-    expected = probability * (torch.tensor([[0.1, 0.25, 0.4]]) - loss.item())
-    torch.testing.assert_close(logits.grad, expected)
-    slanted = PixelRays.through(views, torch.tensor([0]), torch.tensor([[48.0, 32.0 + 0.75 * FOCAL_PX]]).double())
-    # Its range is 5/4 of its depth: 5, 8 and 12 m are 6.25, 10 (unknown both) and 15 m away.
-    loss = depth_matching_loss(logits, torch.tensor([[5.0, 8.0, 12.0]]), FixedCosts(), slanted)
-    assert loss.item() == pytest.approx(0.3)
+    torch.testing.assert_close(logits.grad[0], probability[0] - target)
+    assert logits.grad[1].abs().max() < 1e-6
 
 
 def test_an_encoder_finds_the_depth_of_a_wall():
