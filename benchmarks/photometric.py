@@ -181,6 +181,24 @@ def _cells(s: dict) -> list[str]:
     return ["-" if s["median_m"] is None else f"{s['median_m']:.2f}", *shares]
 
 
+def run_names(checkpoints: list[Path]) -> list[str]:
+    """What to call each: the run's folder, and the file too where a folder has several.
+
+    Raises:
+        ConfigError: one is given twice, or two cannot be told apart.
+    """
+    folders = [path.parent.name for path in checkpoints]
+    names = [
+        folder if folders.count(folder) == 1 else f"{folder}/{path.stem}"
+        for folder, path in zip(folders, checkpoints, strict=True)
+    ]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"--checkpoints names {twice[0]} twice; give each checkpoint once, of folders of different names"
+        )
+    return names
+
+
 def run(options: argparse.Namespace, console: Console) -> None:
     """Measure, print and write ``photometric.json``."""
     if not options.dataroot and not options.checkpoints:
@@ -203,7 +221,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         config = checkpoints[0].training_config
         torch.manual_seed(options.seed)
         models = {"untrained": OccFlowNet(config.model.without_download()).eval()}
-        models |= {c.path.parent.name: c.model() for c in checkpoints}
+        models |= {name: c.model() for name, c in zip(run_names(options.checkpoints), checkpoints, strict=True)}
         report["networks"] = summaries(of_networks(config, models, options.val_dataroot, options.keyframes, console))
         print_tables(f"networks on {options.keyframes} keyframes", report["networks"], console)
     options.out.mkdir(parents=True, exist_ok=True)

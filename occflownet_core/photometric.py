@@ -32,7 +32,6 @@ MATCHING_TEMPERATURE = 0.005
 _PATCH = torch.tensor([[u, v] for v in (-1, 0, 1) for u in (-1, 0, 1)])
 _INFINITY_M = 1e5
 _STEPS_BEYOND = 8
-_RAISED_BEYOND = 1.3
 _NEAREST_DEPTH_M = 0.2
 _LEAST_WEIGHT = 1e-4
 _POINTS_AT_A_TIME = 32_768
@@ -50,6 +49,7 @@ class PhotometricConfig:
         color_weight: of the difference between rendered and seen colour; the field needs a colour head.
         pixels_per_step: rays that are drawn per batch.
         sources: other views that a pixel is looked for in, those that see the most of what its view sees.
+        beyond: what the best match behind the grid costs, as a multiple of its dissimilarity; see ``cost_beyond``.
         box_scale: moving boxes are this much larger than annotated, when what is in them is left out.
     """
 
@@ -58,6 +58,7 @@ class PhotometricConfig:
     color_weight: float = 0.0
     pixels_per_step: int = 2048
     sources: int = 4
+    beyond: float = 1.3
     box_scale: float = 1.3
 
     def __post_init__(self) -> None:
@@ -69,6 +70,8 @@ class PhotometricConfig:
         for name in ("pixels_per_step", "sources"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"photometric.{name} is {getattr(self, name)}; give at least 1")
+        if not 1 <= self.beyond < float("inf"):
+            raise ConfigError(f"photometric.beyond is {self.beyond}; give a factor of 1 or more")
         if not self.box_scale > 0:
             raise ConfigError(f"photometric.box_scale is {self.box_scale}; give a positive factor")
 
@@ -244,14 +247,17 @@ def photometric_losses(
         if rendering.method == "surface":
             error = surface_matching_loss(rendered, matcher)
         else:
-            error = volume_matching_loss(rendered, matcher, ~leaving_below(pixels.rays, rendered.far_m, grid))
+            open_end = ~leaving_below(pixels.rays, rendered.far_m, grid)
+            error = volume_matching_loss(rendered, matcher, open_end, config.beyond)
         terms["matching"] = config.matching_weight * error
     if config.color_weight:
         terms["color"] = config.color_weight * color_loss(rendered, pixels.color(views))
     return terms
 
 
-def volume_matching_loss(rendered: RenderedRays, matcher: PatchMatcher, open_end: Tensor) -> Tensor:
+def volume_matching_loss(
+    rendered: RenderedRays, matcher: PatchMatcher, open_end: Tensor, beyond: float = 1.3
+) -> Tensor:
     """Mean dissimilarity over where rays may end, by the chance that they do.
 
     What leaves the grid ends infinitely far away; or, where the end is open, behind the grid, wherever that fits best.
@@ -261,16 +267,17 @@ def volume_matching_loss(rendered: RenderedRays, matcher: PatchMatcher, open_end
         rendered: [R].
         matcher: of the same rays.
         open_end: [R] bool.
+        beyond: as in ``PhotometricConfig``.
     """
     samples = rendered.samples
     kept = (samples.weight.detach() > _LEAST_WEIGHT).nonzero()[:, 0]
     middle_m = samples.start_m[kept] + 0.5 * samples.length_m[kept]
     with torch.no_grad():
         within, within_known = matcher.cost(samples.ray[kept], middle_m.float())
-        beyond, beyond_known = cost_beyond(matcher, rendered.far_m, open_end)
+        behind, behind_known = cost_beyond(matcher, rendered.far_m, open_end, beyond)
         rays = torch.arange(len(rendered.opacity), device=kept.device)
         ray, cost, known = (
-            torch.cat(pair) for pair in ((samples.ray[kept], rays), (within, beyond), (within_known, beyond_known))
+            torch.cat(pair) for pair in ((samples.ray[kept], rays), (within, behind), (within_known, behind_known))
         )
         number = torch.zeros_like(rendered.opacity).index_add(0, ray, known.to(rendered.opacity))
         guess = torch.zeros_like(rendered.opacity).index_add(0, ray, cost) / number.clamp(min=1)
@@ -286,7 +293,7 @@ def leaving_below(rays: Rays, far_m: Tensor, grid: VoxelGrid) -> Tensor:
     return (rays.direction[:, 2] < 0) & (end_z_m < grid.lower_m[2] + 0.5 * grid.voxel_size_m)
 
 
-def cost_beyond(matcher: PatchMatcher, far_m: Tensor, open_end: Tensor) -> tuple[Tensor, Tensor]:
+def cost_beyond(matcher: PatchMatcher, far_m: Tensor, open_end: Tensor, beyond: float) -> tuple[Tensor, Tensor]:
     """The dissimilarity [R] at infinity or, where the end is open [R], at the best of the distances from ``far_m`` [R] to
     there, equal steps of their inverse; and whether any of them is seen [R].
 
@@ -301,7 +308,7 @@ def cost_beyond(matcher: PatchMatcher, far_m: Tensor, open_end: Tensor) -> tuple
     cost, known = matcher.cost(ray, range_m.float())
     none = cost.new_full((len(far_m),), torch.inf)
     least = none.scatter_reduce(0, ray, torch.where(known, cost, torch.inf), "amin")
-    return _RAISED_BEYOND * least.nan_to_num(posinf=0.0), least.isfinite()
+    return beyond * least.nan_to_num(posinf=0.0), least.isfinite()
 
 
 def depth_matching_loss(logits: Tensor, bin_depth_m: Tensor, matcher: PatchMatcher, pixels: PixelRays) -> Tensor:

@@ -204,6 +204,9 @@ def test_a_volume_pays_for_every_place_by_its_weight():
     loss.backward()
     # What ends somewhere no longer passes at 0.39.
     torch.testing.assert_close(weight.grad, torch.tensor([0.1 - 0.39, guess - 0.39, 0.4 - 0.39]))
+    dearer = volume_matching_loss(rendered_by_hand(weight), FixedCosts(), torch.tensor([True]), beyond=2.0)
+    guess = (0.1 + 0.4 + 0.6) / 3
+    assert dearer.item() == pytest.approx(0.2 * 0.1 + 0.1 * 0.4 + 0.3 * 0.6 + 0.4 * guess)
 
 
 def test_an_encoders_depths_are_held_against_where_pixels_match(monkeypatch):
@@ -349,6 +352,7 @@ def test_pixels_that_see_into_a_moving_box_are_left_out():
         ({"color_weight": float("nan")}, "photometric.color_weight is nan"),
         ({"sources": 0}, "photometric.sources is 0; give at least 1"),
         ({"pixels_per_step": 0}, "photometric.pixels_per_step is 0"),
+        ({"beyond": 0.9}, "photometric.beyond is 0.9; give a factor of 1 or more"),
         ({"box_scale": 0.0}, "photometric.box_scale is 0.0"),
     ],
 )

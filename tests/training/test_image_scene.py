@@ -292,6 +292,13 @@ def test_a_flat_ground_is_met_by_hand():
     assert benchmark.standing(rays).tolist() == [False, True]  # ends at -0.4 and 1.6 m
 
 
+def test_networks_are_called_by_what_tells_them_apart():
+    paths = [Path("out/a/last.ckpt"), Path("out/b/last.ckpt"), Path("out/b/best.ckpt")]
+    assert benchmark.run_names(paths) == ["a", "b/last", "b/best"]
+    with pytest.raises(ConfigError, match="names a/last twice"):
+        benchmark.run_names([paths[0], Path("elsewhere/a/last.ckpt")])
+
+
 def test_the_benchmark_wants_something_to_measure(capsys):
     assert benchmark.main([]) == 2
     assert "nothing to measure" in capsys.readouterr().err
