@@ -4,7 +4,8 @@
 LiDAR is the judge and never the teacher: returns of what does not move; a plane knows the ground of a flat town better than
 any field, so what stands on it is counted for itself. A field's answer is the distance
 within which half of a ray ends. *Logs*: one field per scene, fitted to its photographs. *Networks*: checkpoints of
-training.fit, on keyframes of another root, beside the same network untrained.
+training.fit, on keyframes of another root, beside the same network untrained; and by themselves the depths that their image
+encoders give.
 
 python -m benchmarks.photometric --dataroot data/a --scenes minicity-501-0000
 python -m benchmarks.photometric --val-dataroot data/val --checkpoints out/photometric/last.ckpt
@@ -24,11 +25,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks.report import machine
 from occflownet_core.command_line import exit_status
 from occflownet_core.errors import ConfigError
 from occflownet_core.grid import OCC3D_GRID, VoxelGrid
+from occflownet_core.labels import label_of
+from occflownet_core.lift_tables import DepthBins
 from occflownet_core.model import OccFlowNet
 from occflownet_core.motion import StillWorld
 from occflownet_core.renderer import Rays, render
@@ -46,6 +50,8 @@ from training.settings import TrainingConfig
 from training.voxel_fitting import LOG_LEVELS, FitSettings
 
 WITHIN_M = (0.4, 1.0, 2.0)
+WITHIN_SHARE = (0.1, 0.2)
+FLAT = [label_of(name) for name in ("driveable_surface", "other_flat", "sidewalk", "terrain")]
 STANDING_M = 0.5
 _RAYS = 20_000
 
@@ -104,20 +110,36 @@ def of_log(images: ImageScene, steps: int, seed: int) -> Judged:
 
 def of_networks(
     config: TrainingConfig, models: dict[str, OccFlowNet], dataroot: Path, keyframes: int, console: Console
-) -> Judged:
-    """Errors by network, over keyframes of a root that none of them saw."""
+) -> tuple[Judged, Judged]:
+    """Errors by network, over keyframes of a root that none of them saw: of its field, and of its image encoder's depths."""
     learners = {name: OccupancyLearner(config, model).eval() for name, model in models.items()}
     parts: list[Judged] = []
+    depths: list[Judged] = []
     data = _windows(config, next(iter(models.values())), dataroot, keyframes)
     for window in track(data, "keyframes", console=console, transient=True, total=keyframes):
         rays = _judges(window[-1])
-        errors = {"flat ground": errors_of(flat_ground_m(rays), rays)}
+        errors, depth_errors = {"flat ground": errors_of(flat_ground_m(rays), rays)}, {}
         for name, learner in learners.items():
             with torch.no_grad():
-                predicted_m = median_m(learner(window).field, rays, config.model.grid)
-            errors[name] = errors_of(predicted_m, rays)
+                output = learner(window)
+                errors[name] = errors_of(median_m(output.field, rays, config.model.grid), rays)
+            depth_errors[name] = depth_errors_of(output.seen.depth_logits, window[-1], config.model.depth.bins)
         parts.append((errors, standing(rays)))
-    return joined(parts)
+        depths.append((depth_errors, ~np.isin(window[-1].depth_label[window[-1].depth_m > 0], FLAT)))
+    return joined(parts), joined(depths)
+
+
+def depth_errors_of(logits: Tensor, batch: OccupancyBatch, bins: DepthBins) -> np.ndarray:
+    """By what share [n] of the depth the likeliest bin is off, in each cell of the feature maps that has a LiDAR return.
+
+    Args:
+        logits: [B, N, D, h, w].
+        batch: with its depth images.
+        bins: D of them.
+    """
+    known = batch.depth_m > 0
+    found_m = bins.min_m + (logits.argmax(dim=2)[known] + 0.5) * bins.step_m
+    return ((found_m - batch.depth_m[known]).abs() / batch.depth_m[known]).numpy()
 
 
 def joined(parts: list[Judged]) -> Judged:
@@ -144,6 +166,7 @@ def _windows(
         rays=LidarRays("lidarseg"),
         horizon=1,
         boxes=True,
+        depth=True,
         window=config.window,
     )
     for i in np.linspace(0, len(dataset) - 1, keyframes).round().astype(int).tolist():
@@ -174,6 +197,30 @@ def print_tables(title: str, found: dict[str, dict], console: Console) -> None:
         for name, s in found.items():
             table.add_row(name, *_cells(s[part] if part else s))
         console.print(table)
+
+
+def print_depths(depths: dict[str, dict], console: Console) -> None:
+    """How many of the encoder's likeliest depths are right, by network."""
+    table = Table(title="% of the image encoder's likeliest depths that are right, of the ground and of what stands")
+    table.add_column("")
+    for part in ("ground", "stands"):
+        for share in WITHIN_SHARE:
+            table.add_column(f"{part}, to {100 * share:g} %", justify="right")
+    for name, parts in depths.items():
+        table.add_row(name, *(f"{100 * right:.1f}" for right in (*parts["ground"], *parts["standing"])))
+    console.print(table)
+
+
+def depth_summaries(judged: Judged) -> dict[str, dict[str, list[float]]]:
+    """Shares of depths that are right to ``WITHIN_SHARE``, by network."""
+    errors, up = judged
+    return {
+        row: {
+            part: [float((error[which] <= share).mean()) for share in WITHIN_SHARE]
+            for part, which in (("ground", ~up), ("standing", up))
+        }
+        for row, error in errors.items()
+    }
 
 
 def _cells(s: dict) -> list[str]:
@@ -222,8 +269,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
         torch.manual_seed(options.seed)
         models = {"untrained": OccFlowNet(config.model.without_download()).eval()}
         models |= {name: c.model() for name, c in zip(run_names(options.checkpoints), checkpoints, strict=True)}
-        report["networks"] = summaries(of_networks(config, models, options.val_dataroot, options.keyframes, console))
+        fields, depths = of_networks(config, models, options.val_dataroot, options.keyframes, console)
+        report["networks"], report["encoder_depths"] = summaries(fields), depth_summaries(depths)
         print_tables(f"networks on {options.keyframes} keyframes", report["networks"], console)
+        print_depths(report["encoder_depths"], console)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "photometric.json").write_text(json.dumps(report, indent=2) + "\n")
 

@@ -20,6 +20,7 @@ from occflownet_core import poses  # noqa: E402
 from occflownet_core.boxes import MovingBoxes  # noqa: E402
 from occflownet_core.errors import ConfigError  # noqa: E402
 from occflownet_core.grid import VoxelGrid  # noqa: E402
+from occflownet_core.lift_tables import DepthBins  # noqa: E402
 from occflownet_core.photometric import PhotometricConfig  # noqa: E402
 from occflownet_core.renderer import Rays, render  # noqa: E402
 from occflownet_core.views import PixelRays, Views  # noqa: E402
@@ -290,6 +291,16 @@ def test_a_flat_ground_is_met_by_hand():
     assert found["within_1m"] == 0.5 and found["missed"] == 0.5 and found["median_m"] == pytest.approx(0.5)
     assert found["p90_m"] == pytest.approx(0.5)  # of two, the lower
     assert benchmark.standing(rays).tolist() == [False, True]  # ends at -0.4 and 1.6 m
+
+
+def test_depths_are_judged_as_shares_by_hand():
+    batch = SimpleNamespace(depth_m=torch.tensor([[[[4.0, 0.0, 8.0]]]]))  # no return in the second cell
+    logits = torch.zeros(1, 1, 4, 1, 3)  # bins of 2 m from 1 m on: 2, 4, 6, 8 m
+    logits[0, 0, 2, 0, 0] = logits[0, 0, 3, 0, 2] = 1.0
+    error = benchmark.depth_errors_of(logits, batch, DepthBins(1.0, 9.0, 2.0))
+    assert error.tolist() == [0.5, 0.0]
+    found = benchmark.depth_summaries(({"a": np.array([0.15, 0.05, 0.3])}, np.array([False, True, True])))
+    assert found == {"a": {"ground": [0.0, 1.0], "standing": [0.5, 0.5]}}
 
 
 def test_networks_are_called_by_what_tells_them_apart():
