@@ -6,7 +6,7 @@ found in the images of other moments and cameras (Monodepth2, arXiv 1806.01260, 
 place where a ray may end, by its weight (SelfOcc, arXiv 2311.12754, section 3.3): a cost at many distances has no local
 minimum to be caught in, as a gradient through one distance has. *Colour*: the field has one at every point, and what
 is rendered of it must be the pixel's (NeRF, arXiv 2003.08934, eq. 6; DVR, arXiv 1912.07372, eq. 1). And one of the image
-encoder, whose depth distributions are matched as volumes are: a cheap start, as LiDAR in single images is for the others.
+encoder, whose depth distributions must be likely where pixels match: a cheap start, as LiDAR in single images is for labels.
 
 All hold for what stands still. Pixels whose rays cross a box that moves are left out (``motion.StillWorld``).
 """
@@ -45,7 +45,7 @@ class PhotometricConfig:
 
     Attributes:
         matching_weight: of the dissimilarity between a pixel's patch and the views that see where its ray ends.
-        depth_weight: of the same dissimilarity, at the depths that the image encoder gives its pixels.
+        depth_weight: of the cross-entropy of the image encoder's depths against where its pixels match.
         color_weight: of the difference between rendered and seen colour; the field needs a colour head.
         pixels_per_step: rays that are drawn per batch.
         sources: other views that a pixel is looked for in, those that see the most of what its view sees.
@@ -298,8 +298,8 @@ def cost_beyond(matcher: PatchMatcher, far_m: Tensor, open_end: Tensor, beyond: 
     there, equal steps of their inverse; and whether any of them is seen [R].
 
     Were houses that stand out of the grid looked for at infinity alone, a ceiling would grow where the grid ends. But the
-    least of many costs is low by chance as well: what it is raised by keeps rays from passing through what matches poorly
-    everywhere. (By 1.3 rather than 1, on a MiniCity log, 7 % of LiDAR returns are missed rather than 19 %.)
+    least of many costs is low by chance as well: being raised, by ``beyond``, it keeps rays from passing through what matches
+    poorly everywhere. (By 1.3 rather than 1, on a MiniCity log, 7 % of LiDAR returns are missed rather than 19 %.)
     """
     ray = open_end.nonzero()[:, 0]
     share = torch.arange(_STEPS_BEYOND, device=far_m.device) / _STEPS_BEYOND
