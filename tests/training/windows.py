@@ -92,6 +92,7 @@ class Walls(Dataset):
             previous_from_current=None if first else np.eye(4),
             rays=None if first else wall_rays(rng, far),
             views=None,
+            encoder_pixels=None,
             boxes=None if first else MovingBoxes.empty(),
             depth_m=None if first else np.full((2, 4, 8), FAR_M if far else NEAR_M, np.float32),
             depth_label=None if first else np.full((2, 4, 8), FAR_WALL if far else WALL, np.uint8),
