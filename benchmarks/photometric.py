@@ -31,7 +31,7 @@ from benchmarks.report import machine
 from occflownet_core.command_line import exit_status
 from occflownet_core.errors import ConfigError
 from occflownet_core.grid import OCC3D_GRID, VoxelGrid
-from occflownet_core.labels import label_of
+from occflownet_core.labels import CLASSES
 from occflownet_core.lift_tables import DepthBins
 from occflownet_core.model import OccFlowNet
 from occflownet_core.motion import StillWorld
@@ -51,12 +51,13 @@ from training.voxel_fitting import LOG_LEVELS, FitSettings
 
 WITHIN_M = (0.4, 1.0, 2.0)
 WITHIN_SHARE = (0.1, 0.2)
-FLAT = [label_of(name) for name in ("driveable_surface", "other_flat", "sidewalk", "terrain")]
+FLAT = [label for label, c in enumerate(CLASSES) if not c.blocks_vehicle]
 STANDING_M = 0.5
 _RAYS = 20_000
 
 Judged = tuple[dict[str, np.ndarray], np.ndarray]
-"""Errors [R] by how a field was learned, and True [R] for returns more than ``STANDING_M`` above the plane z = 0."""
+"""Errors [R] by how a field was learned, and True [R] for returns of what stands on the ground: more than ``STANDING_M`` above
+the plane z = 0, or in images, which know no heights, of a class that is not ``FLAT``."""
 
 
 def flat_ground_m(rays: Rays) -> np.ndarray:

@@ -255,9 +255,7 @@ def photometric_losses(
     return terms
 
 
-def volume_matching_loss(
-    rendered: RenderedRays, matcher: PatchMatcher, open_end: Tensor, beyond: float = 1.3
-) -> Tensor:
+def volume_matching_loss(rendered: RenderedRays, matcher: PatchMatcher, open_end: Tensor, beyond: float) -> Tensor:
     """Mean dissimilarity over where rays may end, by the chance that they do.
 
     What leaves the grid ends infinitely far away; or, where the end is open, behind the grid, wherever that fits best.

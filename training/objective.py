@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ from occflownet_core.renderer import Rays
 from occflownet_core.views import Views
 from training.data.batch import OccupancyBatch
 from training.settings import MotionSettings, TrainingConfig
+
+T = TypeVar("T")
 
 
 class Objective:
@@ -118,7 +121,7 @@ class Objective:
         )
 
     def depth_matching(self, seen: ObservedImages, batch: OccupancyBatch, generator: torch.Generator) -> Tensor:
-        """How badly pixels match other views at the depths that the image encoder gives them."""
+        """How far the image encoder's depths are from where its pixels match other views."""
         views, logits = required_views(batch), seen.depth_logits
         shape = (*logits.shape[:2], *logits.shape[3:])
         size_px = (batch.images.shape[3], batch.images.shape[2])
@@ -183,9 +186,7 @@ def required_views(batch: OccupancyBatch) -> Views:
     Raises:
         DatasetError: it has none.
     """
-    if batch.views is None:
-        raise DatasetError(f"samples {', '.join(batch.tokens)} came without views, which photometric terms need")
-    return batch.views
+    return _required(batch.views, batch, "views, which photometric terms need")
 
 
 def required_boxes(batch: OccupancyBatch) -> MovingBoxes:
@@ -194,9 +195,13 @@ def required_boxes(batch: OccupancyBatch) -> MovingBoxes:
     Raises:
         DatasetError: it has none.
     """
-    if batch.boxes is None:
-        raise DatasetError(f"samples {', '.join(batch.tokens)} came without boxes, which occupancy flow needs")
-    return batch.boxes
+    return _required(batch.boxes, batch, "boxes, which occupancy flow needs")
+
+
+def _required(part: T | None, batch: OccupancyBatch, which: str) -> T:
+    if part is None:
+        raise DatasetError(f"samples {', '.join(batch.tokens)} came without {which}")
+    return part
 
 
 def draw_rays(rays: Rays, count: int, current_share: float | None, generator: torch.Generator) -> Rays:
