@@ -31,7 +31,7 @@ from benchmarks.report import machine
 from occflownet_core.command_line import exit_status
 from occflownet_core.errors import ConfigError
 from occflownet_core.grid import OCC3D_GRID, VoxelGrid
-from occflownet_core.labels import CLASSES
+from occflownet_core.labels import CLASSES, FREE
 from occflownet_core.lift_tables import DepthBins
 from occflownet_core.model import OccFlowNet
 from occflownet_core.motion import StillWorld
@@ -51,7 +51,7 @@ from training.voxel_fitting import LOG_LEVELS, FitSettings
 
 WITHIN_M = (0.4, 1.0, 2.0)
 WITHIN_SHARE = (0.1, 0.2)
-FLAT = [label for label, c in enumerate(CLASSES) if not c.blocks_vehicle]
+FLAT = [label for label, c in enumerate(CLASSES[:FREE]) if not c.blocks_vehicle]
 STANDING_M = 0.5
 _RAYS = 20_000
 
@@ -202,11 +202,11 @@ def print_tables(title: str, found: dict[str, dict], console: Console) -> None:
 
 def print_depths(depths: dict[str, dict], console: Console) -> None:
     """How many of the encoder's likeliest depths are right, by network."""
-    table = Table(title="% of the image encoder's likeliest depths that are right, of the ground and of what stands")
+    table = Table(title="image encoder: % of likeliest depths right to 10 and 20 %")
     table.add_column("")
     for part in ("ground", "stands"):
         for share in WITHIN_SHARE:
-            table.add_column(f"{part}, to {100 * share:g} %", justify="right")
+            table.add_column(f"{part} {100 * share:g} %", justify="right")
     for name, parts in depths.items():
         table.add_row(name, *(f"{100 * right:.1f}" for right in (*parts["ground"], *parts["standing"])))
     console.print(table)
