@@ -287,7 +287,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dataroot", type=Path, metavar="DIR", help="root whose logs to fit")
     parser.add_argument("--scenes", nargs="+", metavar="NAME", help="of them (default: all)")
     parser.add_argument("--steps", type=int, default=100, help="of each fit (default %(default)s)")
-    parser.add_argument("--checkpoints", type=Path, nargs="+", default=[], metavar="FILE", help="networks, all alike")
+    parser.add_argument(
+        "--checkpoints",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="networks, all alike; the first one says of which keyframes",
+    )
     parser.add_argument("--val-dataroot", type=Path, metavar="DIR", help="root to judge networks on")
     parser.add_argument("--keyframes", type=int, default=12, help="of it (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
